@@ -1,0 +1,80 @@
+"""The command `morph`: parser, dispatch and exit codes. Imports neither torch nor anything that imports it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "expand": "grow a student into its teacher without changing what it computes",
+    "apply": "replay the record of a surgery on a model file",
+    "report": "count parameters and multiply-adds, of one model or of two side by side",
+    "draw": "draw the graph of a model, block by block",
+    "convert": "write a model in another file format",
+    "zoo": "list the models that are known by name",
+}
+
+EPILOG = """\
+MODEL is a file (our own, a pickled module of known classes, a state_dict with --arch, an exported program) or a name:
+  zoo:NAME (see `morph zoo`), torchvision:NAME, timm:NAME, or package.module:callable.
+
+exit codes: 0 done; 1 a check failed or a limit was missed; 2 bad input; 130 interrupted.
+Results go to stdout, progress to stderr. NO_COLOR is respected."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the whole parser. Each command lives in the module of its name and adds its own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="morph",
+        description="Model surgery for PyTorch: trace, analyse, decide, cut, verify, report.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"morph {version('torch-morph')}")
+    parser.add_argument(
+        "--print-completion", choices=["bash", "zsh", "tcsh"], help="print a completion script for this shell"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        importlib.import_module(f"morph.cli.{name}").add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.print_completion:
+        import shtab
+
+        sys.stdout.write(shtab.complete(parser, shell=args.print_completion) + "\n")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    from morph.cli import console
+    from morph.errors import MorphError
+
+    try:
+        return int(importlib.import_module(f"morph.cli.{args.command}").run(args))
+    except MorphError as error:
+        console.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.error("interrupted; nothing was written")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Model surgery for PyTorch: trace a network, know its channels, grow it, cut it, check it.
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from morph.counts import count as count
+    from morph.draw import draw as draw
+    from morph.expand import expand as expand
+    from morph.files import open_model as open_model
+    from morph.files import save_model as save_model
+    from morph.plan import Plan as Plan
+    from morph.plan import Record as Record
+    from morph.plan import load_plan as load_plan
+    from morph.surgery import Result as Result
+    from morph.surgery import replay as replay
+    from morph.trace import trace as trace
+
+_HOMES = {
+    "count": "morph.counts",
+    "draw": "morph.draw",
+    "expand": "morph.expand",
+    "open_model": "morph.files",
+    "save_model": "morph.files",
+    "Plan": "morph.plan",
+    "Record": "morph.plan",
+    "Result": "morph.surgery",
+    "load_plan": "morph.plan",
+    "replay": "morph.surgery",
+    "trace": "morph.trace",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'morph' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,65 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from morph.errors import OutputError
+
+
+def check_writable(path: Path, *, force: bool = False) -> None:
+    """Refuse early what could not be written later.
+
+    Raises:
+        OutputError: If ``path`` exists and ``force`` is false, is a folder, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already; give another name, or --force to replace it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: the folder {folder} is not writable")
+
+
+@contextmanager
+def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` that takes its name when the block ends well, and vanishes otherwise.
+
+    The temporary file keeps the suffix of ``path``, so writers that look at suffixes work on it.
+
+    Args:
+        path: Where the result shall stand.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        OutputError: As `check_writable`, or if the disk is full or fails while the block writes.
+    """
+    check_writable(path, force=force)
+    mask = os.umask(0)
+    os.umask(mask)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: not written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> None:
+    """Write ``text`` in UTF-8, whole or not at all; errors as `atomic_path`."""
+    with atomic_path(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,85 @@
+"""Apply a plan to a copy of a model. The only file that changes a model's tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from morph.errors import EditError, PlanMismatchError
+from morph.passes.regroup import regroup
+from morph.plan import Plan, Regroup
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of ``model`` with the edits of ``plan`` applied; of the same class, with the same parameter names.
+
+    Raises:
+        PlanMismatchError: If the plan was made for another model; every mismatch is counted, the first are named.
+        EditError: If an edit cannot be exact on these weights.
+    """
+    _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
+    grown = copy.deepcopy(model)
+    for edit in plan.edits:
+        if isinstance(edit, Regroup):
+            conv = grown.get_submodule(edit.module)
+            assert isinstance(conv, _ConvNd)
+            regroup(conv, edit.to)
+        else:
+            reinitialise(grown, edit.seed)
+    return grown
+
+
+def reinitialise(model: nn.Module, seed: int) -> None:
+    """Draw every weight of ``model`` afresh, in place, by each module's own ``reset_parameters``.
+
+    The global random state stays as it was.
+
+    Raises:
+        EditError: If a parameter belongs to a module that cannot do that; names it.
+    """
+    owned = [(path, m) for path, m in model.named_modules() if m._parameters or m._buffers]
+    unable = [path or type(m).__name__ for path, m in owned if m._parameters and not hasattr(m, "reset_parameters")]
+    if unable:
+        raise EditError(
+            f"{len(unable)} modules have parameters but no reset_parameters, so they cannot be drawn afresh: "
+            f"{', '.join(unable[:3])}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _, module in owned:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
+def _check_fit(model: nn.Module, edits: list[Regroup]) -> None:
+    """Compare what the edits expect with what the model has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = [(edit, _present(modules.get(edit.module))) for edit in edits]
+    wrong = [(edit, present) for edit, present in found if present != (edit.groups, edit.shape)]
+    if not wrong:
+        return
+    shown = "; ".join(
+        f"{edit.module}: plan has {_text((edit.groups, edit.shape))}, model has {_text(present)}"
+        for edit, present in wrong[:3]
+    )
+    done = len(wrong) == len(edits) and all(present is not None and present[0] == edit.to for edit, present in wrong)
+    raise PlanMismatchError(
+        f"this plan was made for another model: {len(wrong)} of {len(edits)} edits do not fit ({shown})"
+        + (
+            "; the groups are those after the plan, so it looks applied already: start from the original model"
+            if done
+            else ""
+        )
+    )
+
+
+def _present(module: nn.Module | None) -> tuple[int, tuple[int, ...]] | None:
+    """Groups and weight shape of a convolution; None for anything else."""
+    return (module.groups, tuple(module.weight.shape)) if isinstance(module, _ConvNd) else None
+
+
+def _text(value: tuple[int, tuple[int, ...]] | None) -> str:
+    return f"{value[0]} groups, weight {list(value[1])}" if value else "no such convolution"

@@ -1,0 +1,67 @@
+"""Every exception that `morph` raises on purpose.
+
+The text of each is one clear line: what was got, what was expected, where, and the way out. The command line prints
+that line and ends with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class MorphError(Exception):
+    """Base of all errors below. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 2
+
+
+class ModelFileError(MorphError):
+    """A model file is missing, unreadable, truncated, or does not describe a model."""
+
+
+class UnsafeFileError(ModelFileError):
+    """A model file would run code if opened; the text names what it wanted and the flag that would accept it."""
+
+
+class DataError(MorphError):
+    """The images or labels are missing, unreadable, or do not fit the model."""
+
+
+class TraceError(MorphError):
+    """The model cannot be traced, or does not accept the example inputs; names the line of the user's code."""
+
+
+class CountError(MorphError):
+    """Parameters or multiply-adds could not be counted."""
+
+
+class PictureError(MorphError):
+    """A picture could not be drawn."""
+
+
+class ProbeError(MorphError):
+    """A Fisher probe received no gradient, or the loss is not one finite value per sample."""
+
+
+class NothingToGrowError(MorphError):
+    """The model has nothing that the chosen move can change."""
+
+
+class TargetError(MorphError):
+    """A size target is below the present size, or out of reach."""
+
+
+class EditError(MorphError):
+    """An edit cannot be applied exactly; the text says to what and why."""
+
+
+class PlanMismatchError(MorphError):
+    """A saved plan was made for another model."""
+
+
+class OutputError(MorphError):
+    """A result cannot be written where it was asked for."""
+
+
+class CheckFailedError(MorphError):
+    """A result is not what it must be; nothing is returned or written."""
+
+    exit_code = 1

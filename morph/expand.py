@@ -1,0 +1,287 @@
+"""Grow a student into its teacher: probe, decide, cut, verify, record (Whettam 2020, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from morph.blocks import Cell, find_cells
+from morph.counts import Counts, count
+from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError
+from morph.passes.regroup import Left, grouped_convolutions
+from morph.plan import Plan, Record, Reinitialise
+from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
+from morph.scores import Loss, cross_entropy, fisher
+from morph.surgery import Result, environment, operate, promise, sizes
+from morph.trace import Trace, trace
+
+Batch = tuple[Tensor, Tensor]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Data that gives batches for ever, in an order that the seed decides."""
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yield ``(inputs, targets)``."""
+
+
+Data = Batches | Batch | Iterable[Batch]
+
+
+def expand(
+    model: nn.Module,
+    data: Data,
+    *,
+    policy: Policy = "fisher",
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    fit: Fit = "first",
+    at: Sequence[str] | None = None,
+    reuse_scores: bool = False,
+    reinit: bool = False,
+    loss: Loss = cross_entropy,
+    batch_size: int = 64,
+    seed: int = 0,
+    verify: bool = True,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Result:
+    """Grow a model by merging the groups of its grouped convolutions until it is as large as the target.
+
+    Every step halves the groups (odd numbers: divides by the smallest prime factor) of all grouped convolutions of one
+    cell, without changing what the model computes. Since neither activations nor their gradients move, the scores of a
+    batch are those that the grown model would give, and the probe runs on the model that came in.
+
+    Args:
+        model: The student; not touched.
+        data: What to probe with: an object with ``batches(batch_size, seed)`` such as `morph.data.LabelledImages`, a
+            pair of tensors ``(inputs [N, ...], targets [N, ...])``, or an iterable of such pairs (a DataLoader), which
+            is gone through again and again.
+        policy: Which cell grows next; see `morph.policies.decide`.
+        target_params: Number of parameters wanted; give this or ``target_macs``.
+        target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
+        fit: Where to stop; see `morph.policies.decide`.
+        at: Names or patterns of the modules or nodes to probe; None takes each repeated block.
+        reuse_scores: Probe once and keep the scores, instead of a new batch before each step.
+        reinit: Draw all weights afresh at the end: the untrained teacher.
+        loss: Gives one value per sample from outputs and targets.
+        batch_size: Samples in a probe batch.
+        seed: Of the order of the data, the random policy, and ``reinit``.
+        verify: Whether to compare the function before and after, in float64, on a probe batch.
+        on_step: Told of each step, for progress displays.
+
+    Raises:
+        TargetError: Not exactly one target, or one that cannot be met.
+        NothingToGrowError: No grouped convolution in any cell can be merged.
+        TraceError, ProbeError, CountError, DataError: As their names say.
+        CheckFailedError: The result does not compute what the model does, or is not of the size decided.
+
+    Example:
+        >>> import torch, morph
+        >>> from morph.zoo import build
+        >>> student = build("darts-10")
+        >>> images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))
+        >>> teacher = morph.expand(student, (images, labels), policy="uniform", target_params=1.4e6)
+        >>> teacher.record.after["params"]
+        1428452
+    """
+    metric, target = _target(target_params, target_macs)
+    for value, allowed in ((policy, get_args(Policy)), (fit, get_args(Fit))):
+        if value not in allowed:
+            raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
+    stream = _stream(data, batch_size, seed, next(model.parameters()).device)
+    batch = next(stream)
+    traced = trace(model, batch[0][:2])
+    cells = find_cells(traced, at)
+    before = count(model, batch[0][:1])
+    convs, left = _growable(traced, cells, before)
+    ledger = Ledger(convs, before.params, before.macs)
+    prober = _Prober(traced, cells, batch, stream, loss, reuse_scores)
+    steps = decide(ledger, policy, metric, target, fit=fit, seed=seed, probe=prober, on_step=on_step)
+    plan = Plan((*ledger.edits(steps), *([Reinitialise(seed)] if reinit else [])))
+    done = operate(model, plan, batch[0], verify=verify)
+    _check_size(done.counts, steps[-1])
+    record = Record(
+        command="expand",
+        options={
+            "policy": policy,
+            f"target_{metric}": target,
+            "fit": fit,
+            "at": list(at) if at else None,
+            "reuse_scores": reuse_scores,
+            "reinit": reinit,
+            "batch_size": batch_size,
+            "seed": seed,
+            "verify": verify,
+        },
+        plan=plan,
+        before=sizes(before),
+        after=sizes(done.counts),
+        checks=done.checks,
+        details=_details(steps, cells, convs, left, prober, metric, target) | {"verified": promise(done.checks, plan)},
+        environment={**environment(model, batch[0]), "data": _description(data)},
+    )
+    return Result(done.model, record)
+
+
+class _Prober:
+    """Gives fresh scores before each step, or the first ones again; keeps the mean of all that it saw."""
+
+    def __init__(
+        self, traced: Trace, cells: Sequence[Cell], first: Batch, stream: Iterator[Batch], loss: Loss, reuse: bool
+    ) -> None:
+        self.traced, self.cells, self.loss, self.reuse = traced, cells, loss, reuse
+        self.batch: Batch | None = first
+        self.stream = stream
+        self.passes = 0
+        self.totals: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+
+    def __call__(self) -> Mapping[str, float]:
+        if self.latest and self.reuse:
+            return self.latest
+        batch = self.batch or next(self.stream)
+        self.batch = None
+        self.latest = fisher(self.traced, self.cells, [batch], self.loss).cells()
+        self.passes += 1
+        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in self.latest.items()}
+        return self.latest
+
+    def mean(self, cell: str) -> float | None:
+        """The mean score of ``cell`` over all passes; None if there was none."""
+        return self.totals[cell] / self.passes if self.passes else None
+
+
+def _target(params: float | None, macs: float | None) -> tuple[Metric, int]:
+    """Which size is meant."""
+    if params is not None and macs is None:
+        return "params", round(params)
+    if macs is not None and params is None:
+        return "macs", round(macs)
+    raise TargetError("give one target: a number of parameters or a number of multiply-adds")
+
+
+def _stream(data: Data, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Batches for ever, on the model's device."""
+    for batch in _batches(data, batch_size, seed):
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+            raise DataError(f"a batch must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
+        yield batch[0].to(device), batch[1].to(device)
+
+
+def _batches(data: Data, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches for ever, from any of the forms of data."""
+    if isinstance(data, Batches):
+        yield from data.batches(batch_size, seed)
+        return
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
+        yield from _shuffled(data[0], data[1], batch_size, seed)
+    while True:
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch  # type: ignore[misc]  # a pair of tensors was dealt with above; _stream checks the rest
+        if empty:
+            raise DataError("the data gave no batch (an iterator can be used only once: give a list or a DataLoader)")
+
+
+def _shuffled(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches for ever, in a new random order each time round."""
+    if len(inputs) != len(targets) or not len(inputs):
+        raise DataError(f"{len(inputs)} inputs and {len(targets)} targets; there must be as many, and at least one")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for pick in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(batch_size):
+            yield inputs[pick], targets[pick]
+
+
+def _growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple[dict[str, list[Grouped]], list[Left]]:
+    """The convolutions of each cell that can grow, and what is left whole."""
+    names, left = grouped_convolutions(traced)
+    owner = {module: cell.name for cell in cells for module in cell.modules}
+    left += [Left(name, "outside every probed cell; probe it with --at") for name in names if name not in owner]
+    convs: dict[str, list[Grouped]] = {cell.name: [] for cell in cells}
+    for name in names:
+        if name in owner:
+            conv = traced.graph_module.get_submodule(name)
+            shape = tuple(conv.weight.shape)
+            convs[owner[name]].append(
+                Grouped(name, conv.groups, shape, conv.weight.numel(), counts.by_module[name].macs)
+            )
+    if not any(convs.values()):
+        why = f" ({len(left)} left whole, the first: {left[0].name}: {left[0].reason})" if left else ""
+        raise NothingToGrowError(
+            f"the model has no grouped convolution that can be merged in its cells{why}; widening is another move"
+        )
+    return convs, left
+
+
+def _check_size(after: Counts, last: Step) -> None:
+    """The model that came out, counted afresh, must be of the size that was decided."""
+    if (after.params, after.macs) != (last.params, last.macs):
+        raise CheckFailedError(
+            f"check failed: the grown model has {after.params:,} parameters and {after.macs:,} multiply-adds, "
+            f"{last.params:,} and {last.macs:,} were decided; nothing is returned or written"
+        )
+
+
+def _details(
+    steps: Sequence[Step],
+    cells: Sequence[Cell],
+    convs: Mapping[str, Sequence[Grouped]],
+    left: Sequence[Left],
+    prober: _Prober,
+    metric: Metric,
+    target: int,
+) -> dict[str, Any]:
+    """What the record says of this expansion."""
+    final = {module: groups for step in steps for module, groups in step.groups.items()}
+    size = getattr(steps[-1], metric)
+    return {
+        "target": target,
+        "target_metric": metric,
+        "distance": size - target,
+        "distance_relative": (size - target) / target,
+        "probe_passes": prober.passes,
+        "scores": _how_scored(prober),
+        "steps": [asdict(step) for step in steps],
+        "cells": [_row(cell.name, convs[cell.name], final, prober.mean(cell.name)) for cell in cells],
+        "left": [asdict(item) for item in left],
+    }
+
+
+def _how_scored(prober: _Prober) -> str:
+    """One sentence on where the scores come from."""
+    if not prober.passes:
+        return "none: the policy does not ask for any"
+    invariant = (
+        "merging groups changes neither activations nor their gradients, "
+        "so the scores of the grown model are those of the model that came in"
+    )
+    if prober.reuse:
+        return f"one probe batch, its scores reused for every step: {invariant}"
+    return f"a new batch before each step ({prober.passes} probe passes): {invariant}; only the batch moves them"
+
+
+def _row(name: str, convs: Sequence[Grouped], final: Mapping[str, int], score: float | None) -> dict[str, Any]:
+    """One cell of the record: mixed groups are given by their largest."""
+    after = {conv.module: final.get(conv.module, conv.groups) for conv in convs}
+    return {
+        "name": name,
+        "score": score,
+        "groups_before": max((conv.groups for conv in convs), default=None),
+        "groups_after": max(after.values(), default=None),
+        "params_added": sum(conv.params * (conv.groups // after[conv.module] - 1) for conv in convs),
+        "convolutions": len(convs),
+    }
+
+
+def _description(data: Data) -> Any:
+    """What the record says of the data."""
+    describe = getattr(data, "describe", None)
+    return describe() if callable(describe) else type(data).__name__

@@ -1,0 +1,141 @@
+"""Score the cells of a model by the Fisher information of gates fixed at one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from morph.blocks import Cell
+from morph.errors import ProbeError
+from morph.passes.probes import insert_probes, probes_of
+from morph.trace import Trace
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample: logits ``[N, K]`` and labels ``[N]`` give ``[N]``.
+
+    Raises:
+        ProbeError: If the outputs are not logits of that shape, or a label is not one of the ``K`` classes.
+    """
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ProbeError(
+            f"the default loss needs logits of shape [N, classes], the model gives {got}; pass a loss of your own"
+        )
+    classes = outputs.shape[1]
+    if targets.dtype != torch.int64 or targets.shape != outputs.shape[:1]:
+        raise ProbeError(
+            f"the default loss needs one int64 label per sample, got {targets.dtype} {list(targets.shape)}; pass a "
+            f"loss of your own"
+        )
+    if int(targets.min()) < 0 or int(targets.max()) >= classes:
+        raise ProbeError(
+            f"labels run from {int(targets.min())} to {int(targets.max())}, the model has {classes} classes (0 to "
+            f"{classes - 1})"
+        )
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class FisherScores:
+    """Fisher information of every channel of some cells.
+
+    Attributes:
+        channels: For each cell, ``1/2 mean_n g[n, c]**2``: float64 ``[C]``, in the unit of the loss.
+        samples: How many samples the mean runs over.
+    """
+
+    channels: dict[str, Tensor]
+    samples: int
+
+    def cells(self) -> dict[str, float]:
+        """The sum over channels for each cell (Whettam 2020, Eq. 3.1)."""
+        return {name: float(values.sum()) for name, values in self.channels.items()}
+
+
+def fisher(
+    trace: Trace, cells: Sequence[Cell], batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = cross_entropy
+) -> FisherScores:
+    """Score each channel of each cell by the Fisher information of a gate fixed at one.
+
+    For the activation ``A [N, C, *positions]`` at the end of a cell and its gradient, ``g[n, c] = sum over positions of
+    A * dL_n/dA``, and the score of channel ``c`` is ``1/2 mean_n g[n, c]**2``: an estimate of the rise of the loss if
+    the channel were removed (Theis et al. 2018; Whettam 2020, Eq. 2.6, where the activation factor is left unwritten).
+    A cell that is called several times adds its terms before squaring. The weights are frozen during the probe: only
+    activations get gradients. The graph runs in evaluation mode, so samples do not see each other and the score does
+    not depend on how they are split into batches.
+
+    Args:
+        trace: The traced model; its parameters' ``requires_grad`` flags are put back afterwards.
+        cells: What to score.
+        batches: ``(inputs, targets)`` pairs. One batch is a usable probe; ranks settle with more.
+        loss: Maps outputs and targets to **one value per sample**, shape ``[N]``: a mean would shrink every score by
+            ``N**2``.
+
+    Raises:
+        ProbeError: If ``loss`` does not give one finite value per sample, a cell receives no gradient, or there is no
+            batch.
+    """
+    module = insert_probes(trace.graph_module, [(node, cell.channel_axis) for cell in cells for node in cell.nodes])
+    probes = probes_of(module)
+    totals: dict[str, Tensor] = {}
+    samples = 0
+    frozen = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for inputs, targets in batches:
+            with torch.enable_grad():
+                values = loss(module(inputs), targets)
+                _check_loss(values, len(inputs))
+                values.sum().backward()
+            for cell in cells:
+                gradient = torch.stack(
+                    [_gradient(probes[node].gradient, cell, len(inputs)) for node in cell.nodes]
+                ).sum(0)
+                total = gradient.double().square().sum(0) / 2
+                totals[cell.name] = totals[cell.name] + total if cell.name in totals else total
+            samples += len(inputs)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    if not samples:
+        raise ProbeError("there is no batch to probe with")
+    return FisherScores({name: (total / samples).cpu() for name, total in totals.items()}, samples)
+
+
+def _check_loss(values: Tensor, samples: int) -> None:
+    """Refuse a loss that is not one finite value per sample."""
+    if values.shape != (samples,):
+        raise ProbeError(
+            f"the loss must give one value per sample, shape [{samples}], got {list(values.shape)}; use "
+            f"reduction='none'"
+        )
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).nonzero()[0])
+        raise ProbeError(
+            f"the loss of sample {bad} of a probe batch is {values[bad].item()}; the images or the weights are not "
+            f"finite"
+        )
+    if not values.requires_grad:
+        raise ProbeError("the loss does not depend on any probed cell; choose others with --at")
+
+
+def _gradient(gradient: Tensor | None, cell: Cell, samples: int) -> Tensor:
+    """The probe's ``[N, C]``, or a refusal."""
+    if gradient is None:
+        raise ProbeError(
+            f"{cell.name} receives no gradient (is it behind a detach, or unused?); choose other cells with --at"
+        )
+    if len(gradient) != samples:
+        raise ProbeError(
+            f"{cell.name} gives {len(gradient)} rows for {samples} samples, so its first axis is not the batch; "
+            f"choose another place with --at"
+        )
+    return gradient

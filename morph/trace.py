@@ -1,0 +1,165 @@
+"""Trace a model: the graph of what it does, with shapes, source lines, and the place where each module's output is."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from morph.errors import TraceError
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model as an fx graph, in evaluation mode.
+
+    Attributes:
+        root: The copy of the model that was traced; nothing done to it reaches the model.
+        graph_module: The graph; its leaf modules are those of ``root``.
+        outputs: For each module path that was called, the nodes that hold its (first) output, one for each call.
+        shapes: Shape of the tensor at each node, by node name; nodes that hold no tensor are absent.
+        inputs: The example inputs.
+    """
+
+    root: nn.Module
+    graph_module: fx.GraphModule
+    outputs: dict[str, tuple[str, ...]]
+    shapes: dict[str, tuple[int, ...]]
+    inputs: tuple[Tensor, ...]
+
+    def node(self, name: str) -> fx.Node:
+        """Return the node called ``name``."""
+        found: fx.Node = next(n for n in self.graph_module.graph.nodes if n.name == name)
+        return found
+
+    def calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
+        """Every call of a leaf module, in the order of execution."""
+        for node in self.graph_module.graph.nodes:
+            if node.op == "call_module":
+                yield node, self.graph_module.get_submodule(str(node.target))
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """Put ``model`` in evaluation mode and give every module its own training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def place_of(error: BaseException) -> str:
+    """The innermost line outside torch and morph that ``error`` passed, as ``file:line, in function``; or ''."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<"))]
+    return f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
+
+
+class _Tracer(fx.Tracer):
+    """Remembers which node holds the output of which module; takes every kind of convolution as a leaf."""
+
+    record_stack_traces = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[str, list[str]] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _ConvNd) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        first = _first_proxy(result)
+        if first is not None:
+            self.outputs.setdefault(self.path_of_module(m), []).append(first.node.name)
+        return result
+
+
+def _first_proxy(value: Any) -> fx.Proxy | None:
+    """The first proxy in a tensor, tuple, list or dict of proxies."""
+    if isinstance(value, fx.Proxy):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return next((p for p in map(_first_proxy, items) if p is not None), None)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the graph once and keeps the shape at each node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n.name] = tuple(result.shape)
+        return result
+
+
+def try_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Run ``model`` once in evaluation mode, to see that it accepts ``inputs``.
+
+    Raises:
+        TraceError: If it does not; names the shapes and the innermost line of the user's own code.
+    """
+    with evaluation(model), torch.no_grad():
+        try:
+            model(*inputs)
+        except Exception as error:
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            where = place_of(error)
+            raise TraceError(
+                f"{type(model).__name__} does not accept inputs of shape {shapes}: {_first_line(error)}"
+                + (f" (at {where})" if where else "")
+                + "; give images of the shape it was made for"
+            ) from error
+
+
+def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
+    """Trace a copy of ``model`` in evaluation mode; the model itself is not touched.
+
+    Args:
+        model: Any module that `torch.fx` can trace symbolically.
+        inputs: One batch of example inputs, on the model's device.
+
+    Raises:
+        TraceError: If the model does not accept the inputs or cannot be traced; names the line of the user's code.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    root = copy.deepcopy(model).eval()
+    try_inputs(root, inputs)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        where = place_of(error)
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: {_first_line(error)}"
+            + (f" (at {where})" if where else "")
+            + "; control flow must not depend on the values of tensors: rewrite that line or wrap it with torch.fx.wrap"
+        ) from error
+    module = fx.GraphModule(root, graph, type(model).__name__)
+    runner = _Shapes(module)
+    with torch.no_grad():
+        runner.run(*inputs)
+    outputs = {path: tuple(names) for path, names in tracer.outputs.items()}
+    return Trace(root, module, outputs, runner.shapes, inputs)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
