@@ -1,0 +1,95 @@
+"""The arguments by which a command takes labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from morph.data import LabelledImages
+
+DATA_HELP = (
+    "labelled images: a folder with one folder of images per class (or with such folders in test/ or train/), a CIFAR "
+    "folder as torchvision unpacks it, an .npz with images and labels, or package.module:callable that gives batches "
+    "(default: the CIFAR-10 sample inside, for models with 3x32x32 inputs and 10 classes)"
+)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add where the images come from, how many are read, and how they are normalised."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DATA", help=DATA_HELP)
+    group.add_argument(
+        "--split", choices=["test", "train"], default="test", help="which part of a folder to read (default test)"
+    )
+    group.add_argument(
+        "--limit", type=positive, default=1024, metavar="N", help="read at most N images, drawn by seed (default 1024)"
+    )
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images in a batch (default 64)")
+    for name, what in (("mean", "subtract from"), ("std", "divide, after that,")):
+        group.add_argument(
+            f"--{name}",
+            type=numbers,
+            metavar="R,G,B",
+            help=f"what to {what} each channel of pixels in 0..1 (default: CIFAR-10's for 3x32x32, else ImageNet's; "
+            "floating-point images are taken as they are)",
+        )
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least one.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not.
+    """
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read ``0.49,0.48,0.45``.
+
+    Raises:
+        argparse.ArgumentTypeError: If these are not finite numbers between commas.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one number for each channel; write it like 0.49,0.48,0.45")
+    return values
+
+
+def data_from(
+    args: argparse.Namespace, *, input_shape: tuple[int, ...] | None, num_classes: int | None
+) -> LabelledImages:
+    """Read the images of `add_data`; a command that has ``--seed`` lets it decide which.
+
+    Raises:
+        DataError: As `morph.data.open_data`, or if only one of ``--mean`` and ``--std`` was given.
+    """
+    from morph.cli import console
+    from morph.data import open_data
+    from morph.errors import DataError
+
+    if (args.mean is None) != (args.std is None):
+        given, missing = ("--mean", "--std") if args.std is None else ("--std", "--mean")
+        raise DataError(f"{given} is given without {missing}; give both, or neither for the usual statistics")
+    data = open_data(
+        args.data,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        limit=args.limit,
+        split=args.split,
+        mean_std=None if args.mean is None else (args.mean, args.std),
+        seed=getattr(args, "seed", 0),
+    )
+    if num_classes is not None and data.classes is not None and len(data.classes) < num_classes:
+        console.note(
+            f"note: {data.source} has {len(data.classes)} classes, the model {num_classes}; class folders are numbered "
+            "from 0 in the order of their names"
+        )
+    return data
