@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run."""
     from morph.cli import console
-    from morph.expand import expand
+    from morph.expansion import expand
 
     paths = _paths(args)
     opened = open_from(args)

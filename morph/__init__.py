@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from morph.counts import count as count
     from morph.draw import draw as draw
-    from morph.expand import expand as expand
+    from morph.expansion import expand as expand
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
     from morph.plan import Plan as Plan
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "count": "morph.counts",
     "draw": "morph.draw",
-    "expand": "morph.expand",
+    "expand": "morph.expansion",
     "open_model": "morph.files",
     "save_model": "morph.files",
     "Plan": "morph.plan",

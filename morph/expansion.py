@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.blocks import Cell, find_cells
 from morph.counts import Counts, count
+from morph.data import LabelledImages
 from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
@@ -209,10 +210,9 @@ def _growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple[dic
     for name in names:
         if name in owner:
             conv = traced.graph_module.get_submodule(name)
-            shape = tuple(conv.weight.shape)
-            convs[owner[name]].append(
-                Grouped(name, conv.groups, shape, conv.weight.numel(), counts.by_module[name].macs)
-            )
+            assert isinstance(conv, _ConvNd)
+            macs = counts.by_module[name].macs
+            convs[owner[name]].append(Grouped(name, conv.groups, tuple(conv.weight.shape), conv.weight.numel(), macs))
     if not any(convs.values()):
         why = f" ({len(left)} left whole, the first: {left[0].name}: {left[0].reason})" if left else ""
         raise NothingToGrowError(
@@ -281,7 +281,8 @@ def _row(name: str, convs: Sequence[Grouped], final: Mapping[str, int], score: f
     }
 
 
-def _description(data: Data) -> Any:
+def _description(data: Data) -> Mapping[str, object]:
     """What the record says of the data."""
-    describe = getattr(data, "describe", None)
-    return describe() if callable(describe) else type(data).__name__
+    if isinstance(data, LabelledImages):
+        return data.describe()
+    return {"source": type(data).__name__}

@@ -1,0 +1,75 @@
+"""What may import what, and what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import morph
+
+ROOT = Path(morph.__file__).parent
+ORDER = [
+    "errors", "atomic", "zoo", "files", "sample", "data", "trace", "blocks", "passes", "plan", "scores", "twins", "count_rules", "counts",
+    "policies", "cut", "verify", "surgery", "expansion", "report", "picture",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, at its top or inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def upward(path: Path, text_of: str) -> list[str]:
+    """Imports by a file of ``text_of`` of what stands below it."""
+    place = ORDER.index(text_of)
+    homes = {name.split(".")[1] for name in imports(path) if name.startswith("morph.")}
+    return sorted(home for home in homes if home in ORDER and ORDER.index(home) > place)
+
+
+@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if p.name != "__init__.py" or p.parent != ROOT], ids=str)
+def test_imports_run_one_way_and_the_library_neither_prints_nor_parses(path):
+    home = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    names = imports(path)
+    assert not {n for n in names if n.split(".")[0] in ("rich", "argparse") or n.startswith("morph.cli")}
+    if home in ORDER:
+        assert upward(path, home) == []
+
+
+def test_the_order_can_be_broken(tmp_path):
+    file = tmp_path / "errors.py"
+    file.write_text("def f():\n    from morph.expansion import expand\n")
+    assert upward(file, "errors") == ["expansion"]
+
+
+def test_importing_the_package_costs_nothing():
+    script = "import sys, morph; print([m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules], sorted(morph.__all__))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("[] ['Plan', 'Record', 'Result', 'count'")
+
+
+def test_every_public_name_is_there_and_stays_what_it_is():
+    """A submodule of the same name would take the place of a function once it is imported."""
+    for name in morph.__all__:
+        assert callable(getattr(morph, name)), name
+    import morph.surgery  # noqa: F401
+
+    for name in morph.__all__:
+        assert callable(getattr(morph, name)), name
+    assert not set(morph.__all__) & {p.stem for p in ROOT.iterdir()}
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        morph.nothing  # noqa: B018
+
+
+def test_python_files_are_rooms_with_one_job():
+    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in ROOT.rglob("*.py")}
+    assert max(sizes.values()) <= 350, max(sizes, key=sizes.get)
