@@ -254,6 +254,7 @@ LOST = {
     "cannot save 0.extra: a value of type ReLU": lambda: _with((nn.ReLU(),)),
     "cannot save table: it is a Tensor of layout torch.sparse_coo": _sparse,
     "an exported program's module cannot be kept": _exported,
+    "cannot save weight: it is on the meta device": lambda: nn.Linear(2, 3, device="meta"),
     "a part called 'a b'": lambda: nn.ModuleDict({"a b": nn.ReLU()}),
 }
 

@@ -155,6 +155,12 @@ def test_exported_programs_open_on_the_users_word_only(tmp_path):
         open_model(tmp_path / "a.pt2", allow_code=True)
 
 
+def test_pickles_without_values_are_refused(tmp_path):
+    torch.save(nn.Linear(2, 3, device="meta"), tmp_path / "a.pt")
+    with pytest.raises(ModelFileError, match="holds a model on the meta device, without values"):
+        open_model(tmp_path / "a.pt")
+
+
 def test_a_pickled_user_class_opens_if_it_is_trusted_by_name(user_folder):
     model = randomised(open_model("their_nets:make").model)
     torch.save(model, "own.pt")

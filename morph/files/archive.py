@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch import serialization
 
 from morph.errors import ModelFileError, UnsafeFileError
 from morph.files import names
@@ -69,14 +70,31 @@ def read_archive(path: Path, trust: Collection[str]) -> Any:
         UnsafeFileError: If it names a class or function that is neither known nor trusted; names it.
         ModelFileError: If it is damaged.
     """
-    try:
-        wanted = sorted(get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception as error:  # whatever a damaged pickle makes the reader raise
-        raise ModelFileError(f"is damaged, or holds what no safe reader accepts ({_first_line(error)})") from error
+    with _only({}):
+        try:
+            wanted = sorted(serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        except Exception as error:  # whatever a damaged pickle makes the reader raise
+            raise ModelFileError(f"is damaged, or holds what no safe reader accepts ({_first_line(error)})") from error
     for name in wanted:
         _check_global(name, trust)
-    with safe_globals([(stand_in(name), name) for name in wanted]):
-        return _load(path)
+    with _only({name: stand_in(name) for name in wanted}):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or hostile pickle makes the reader raise
+            raise ModelFileError(f"is damaged, or holds what no safe reader accepts ({_first_line(error)})") from error
+
+
+@contextmanager
+def _only(stand_ins: Mapping[str, type]) -> Iterator[None]:
+    """Let the unpickler find these in place of what they name, and forget meanwhile what else was declared safe."""
+    before = serialization.get_safe_globals()
+    serialization.clear_safe_globals()
+    serialization.add_safe_globals([(made, name) for name, made in stand_ins.items()])
+    try:
+        yield
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)
 
 
 def _check_global(name: str, trust: Collection[str]) -> None:
@@ -92,7 +110,8 @@ def _check_global(name: str, trust: Collection[str]) -> None:
 def read_legacy(path: Path) -> Any:
     """Read the format before torch 1.6, if there is nothing but tensors and plain data; errors as `read_archive`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _only({}):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle makes the reader raise
         name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
         if name:
@@ -130,13 +149,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFileError(f"is not a whole safetensors file ({_first_line(error)})") from error
     return tensors
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes the reader raise
-        raise ModelFileError(f"is damaged, or holds what no safe reader accepts ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ Formats: our own file (``morph``), a pickle of the whole module (``module``), it
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import io
 import logging
@@ -232,8 +231,7 @@ def _module(job: _Job) -> Result:
 
 def _state_dict(job: _Job) -> Result:
     """Write the tensors with torch.save."""
-    state = _state(job)
-    _write(torch.save, state, job.file)
+    _write(torch.save, state := _state(job), job.file)
     return (_same_tensors(state, torch.load(job.file, weights_only=True)),), None
 
 
@@ -260,8 +258,7 @@ def _exported(job: _Job) -> torch.export.ExportedProgram:
 
 def _torch_export(job: _Job) -> Result:
     """Write a torch.export archive."""
-    program = _exported(job)
-    _write(torch.export.save, program, job.file)
+    _write(torch.export.save, _exported(job), job.file)
     x, reloaded = job.batch(2), torch.export.load(job.file).module()  # written just above
     return ("the reloaded program on a random batch of 2",), _difference(_outputs(job.model, x), _outputs(reloaded, x))
 
@@ -270,8 +267,7 @@ def _onnx(job: _Job) -> Result:
     """Write one ONNX file, weights inside."""
     import onnx
 
-    x = job.batch(2)
-    expected = _outputs(job.model, x)
+    expected = _outputs(job.model, x := job.batch(2))
     names = ["output"] if len(expected) == 1 else [f"output_{i}" for i in range(len(expected))]
     wishes: dict[str, Any] = {"input_names": ["input"], "output_names": names, "dynamic_shapes": ({0: "batch"},)}
     program = torch.onnx.export(_exported(job), opset_version=job.opset, **wishes)

@@ -46,8 +46,8 @@ def _refuse_what_would_be_lost(module: nn.Module, where: str) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelFileError(f"cannot save {where}: it is a TorchScript module; save the module it was made from")
     if isinstance(module, fx.GraphModule) and type(module.graph._codegen) is not fx.graph.CodeGen:
-        raise ModelFileError(f"cannot save {where}: an exported program's module cannot be kept; save the model that it "
-                             "was exported from")
+        raise ModelFileError(f"cannot save {where}: an exported program's module cannot be kept; save the model that "
+                             "it was exported from")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ModelFileError(f"cannot save {where}: {kind} has no parameters yet; run the model once first")
     if parametrize.is_parametrized(module):

@@ -213,7 +213,8 @@ def _check_call_method(node: NodeSpec, around: Surroundings) -> None:
 
 def _check_call_function(node: NodeSpec, around: Surroundings) -> None:
     if node.target == "getattr":
-        if len(node.args) != 2 or node.kwargs or node.args[1] not in names.ATTRIBUTES:
+        name = node.args[1] if len(node.args) == 2 else None
+        if not isinstance(name, str) or node.kwargs or name not in names.ATTRIBUTES:
             raise UnsafeFileError(f"has a graph that reads the attribute {node.args[1:]!r}, not among those a file may "
                                   f"name ({', '.join(sorted(names.ATTRIBUTES))}); refused")
     elif node.target not in names.FUNCTIONS:

@@ -149,7 +149,7 @@ def resolve(name: str) -> object:
     if name in FUNCTIONS:
         return FUNCTIONS[name]()
     home, _, attribute = name.rpartition(".")
-    known = _within(name, _MODULES) or _within(name, _VALUES)  # never looked for in the working folder
+    known = name in NETWORKS or _within(name, _MODULES)  # never looked for in the working folder
     try:
         with nullcontext() if known else working_folder_importable():
             found = getattr(importlib.import_module(home), attribute)

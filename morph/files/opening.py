@@ -113,6 +113,8 @@ def _open_content(content: Any, text: str, arch: str | None, trust: Sequence[str
         return OpenedModel(own.build(content, trust), text, "morph file", known_arch, shape)
     if pickles.is_module(content):
         content = rebuild.rebuild(*pickles.describe_pickle(content), trust)
+        if any(t.is_meta for t in content.state_dict().values()):
+            raise ModelFileError("holds a model on the meta device, without values")
     if isinstance(content, nn.Module):
         return OpenedModel(content, text, "pickled module", None, None)
     inside = f"a dictionary with the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else (

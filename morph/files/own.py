@@ -60,6 +60,9 @@ def save_model(
     """
     description, tensors = describe(model)
     rebuild.check(description)
+    empty = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise ModelFileError(f"cannot save {empty}: it is on the meta device and has no values")
     meta = {"input_shape": None if input_shape is None else list(input_shape), "arch": arch, "versions": _versions()}
     try:
         record_text = None if record is None else json.dumps(dict(record))

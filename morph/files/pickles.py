@@ -148,9 +148,11 @@ class _Writer:
                 raise _cannot(where, "is an odd functools.partial")
             function, args, keywords, _ = item.state
             return {"partial": [self.value(function, where), self.value(args, where), self.value(keywords, where)]}
+        if is_module(item):
+            raise _cannot(where, "holds a module that is not among the children")
         if item.called and len(item.arguments) == 1 and item.state is None:
             return {"enum": [item.dotted, self.value(item.arguments[0], where)]}
-        if not item.called and not item.arguments and isinstance(item.state, dict | None) and not is_module(item):
+        if not item.called and not item.arguments and isinstance(item.state, dict | None):
             return {"object": [item.dotted, self.value(item.state or {}, where)]}
         raise _cannot(where, f"wants to call {item.dotted}")
 

@@ -29,20 +29,18 @@ def rebuild(description: Description, tensors: Mapping[str, Tensor], trust: Coll
         ModelFileError: If the description is damaged or does not fit the tensors or this installation.
         UnsafeFileError: If it wants something that is not among the known names.
     """
-    scope = check(description, trust)
+    needed = _check(description, trust).needed
     _check_tensors(description, tensors)
-    found = {name: _resolve(name, uses, trust) for name, uses in scope.needed.items()}
-    for spec in description.modules:
-        _check_against_class(spec, found[spec.cls])
-    return _build(description, _hold(description, tensors), found)
+    return _build(description, _hold(description, tensors), _find(description, needed, trust))
 
 
-def check(description: Description, trust: Collection[str] = ()) -> Scope:
-    """Check every name and reference without importing or building anything; errors as `rebuild`.
+def check(description: Description, trust: Collection[str] = ()) -> None:
+    """Check all but the tensors; imports the classes that are named, builds nothing; errors as `rebuild`."""
+    _find(description, _check(description, trust).needed, trust)
 
-    Returns:
-        The scope, with the names that the model needs.
-    """
+
+def _check(description: Description, trust: Collection[str]) -> Scope:
+    """Check every name and reference without importing or building anything; the scope lists what the model needs."""
     scope = Scope(trust, description.tensors)
     for index, spec in enumerate(description.modules):
         where = f"module {index} ({spec.cls})"
@@ -120,6 +118,14 @@ def _check_tensors(description: Description, tensors: Mapping[str, Tensor]) -> N
                 raise values.bad(f"the parameter {name} is a plain tensor", f"module {index}")
 
 
+def _find(description: Description, needed: Mapping[str, set[str]], trust: Collection[str]) -> dict[str, object]:
+    """Import what checked names stand for, and check it against its uses."""
+    found = {name: _resolve(name, uses, trust) for name, uses in needed.items()}
+    for spec in description.modules:
+        _check_against_class(spec, found[spec.cls])
+    return found
+
+
 def _resolve(name: str, uses: Collection[str], trust: Collection[str]) -> object:
     """Import a checked name and check that it is what it is used as."""
     found = names.resolve(name)
@@ -135,10 +141,15 @@ def _resolve(name: str, uses: Collection[str], trust: Collection[str]) -> object
 
 
 def _check_against_class(spec: ModuleSpec, cls: object) -> None:
-    """No attribute or part hides a method or anything else that is called on the class."""
+    """No part hides what is called on the class, and a recurrent layer lists no parameters but its own."""
     for name in [*spec.attributes, *spec.children, *spec.parameters, *spec.buffers]:
         if callable(getattr(cls, name, None)):
             raise UnsafeFileError(f"replaces the method {name!r} of {spec.cls}; refused")
+    if isinstance(cls, type) and issubclass(cls, nn.RNNBase):
+        wanted = spec.attributes.get("_flat_weights_names")
+        listed = set(map(str, wanted)) if isinstance(wanted, list) else {""}
+        if RECURRENT & set(spec.attributes) or not listed <= set(spec.parameters):
+            raise ModelFileError(f"is damaged: the parameters of {spec.cls} are not those it lists")
 
 
 def _hold(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,20 +173,11 @@ def _build(description: Description, held: Mapping[str, Tensor], found: Mapping[
         for name, key in spec.parameters.items():
             module._parameters[name] = None if key is None else held[key]  # type: ignore[assignment]  # checked
         module._buffers.update({name: None if key is None else held[key] for name, key in spec.buffers.items()})
-        module._non_persistent_buffers_set = set(spec.non_persistent)
+        module.__dict__["_non_persistent_buffers_set"] = set(spec.non_persistent)
         module._modules.update({name: None if i is None else built[i] for name, i in spec.children.items()})
         if isinstance(module, GraphNetwork):
             module.graphs = {mode: graphs.build(nodes) for mode, nodes in spec.graphs.items()}
         if isinstance(module, nn.RNNBase):
-            _link_recurrent(module, spec)
+            module._init_flat_weights()
         built.append(module)
     return built[-1]
-
-
-def _link_recurrent(module: nn.RNNBase, spec: ModuleSpec) -> None:
-    """Give a recurrent layer its links to its own parameters."""
-    wanted = spec.attributes.get("_flat_weights_names")
-    listed = set(map(str, wanted)) if isinstance(wanted, list) else {""}
-    if RECURRENT & set(spec.attributes) or not listed <= set(spec.parameters):
-        raise ModelFileError(f"is damaged: the parameters of {spec.cls} are not those it lists")
-    module._init_flat_weights()
