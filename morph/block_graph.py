@@ -77,6 +77,7 @@ def block_graph(
     values, notes = values or {}, notes or {}
     condenser = _Condenser(trace, _default_cells(trace) if cells is None else cells)
     condenser.collect()
+    condenser.join()
     condenser.fold()
     graph: nx.DiGraph[str] = nx.DiGraph()
     called = [str(node.target) for node, _ in trace.calls()]
@@ -173,6 +174,19 @@ class _Condenser:
             self.groups[key].nodes.append(member)
         self.graph.add_edges_from((other, key) for other in before if other != key)
 
+    def join(self) -> None:
+        """Contract each edge between two groups that are no cells, if there is no other way from one to the other."""
+        waiting = list(self.graph.edges)
+        while waiting:
+            a, b = waiting.pop(0)
+            if self.graph.has_edge(a, b) and self.groups[a].kind == self.groups[b].kind == "other":
+                self.graph.remove_edge(a, b)
+                if nx.has_path(self.graph, a, b):
+                    self.graph.add_edge(a, b)
+                else:
+                    self._merge(b, a)
+                    waiting += [*self.graph.in_edges(a), *self.graph.out_edges(a)]
+
     def fold(self) -> None:
         """Fold the groups between cells that hold no weight matrix into the neighbour that they hang on."""
         for key in list(self.groups):
@@ -185,7 +199,7 @@ class _Condenser:
                     break
 
     def _merge(self, key: int, into: int) -> None:
-        """Contract an edge that is the only way into or out of ``key``; this closes no cycle."""
+        """Contract the edge between two groups; closes no cycle if that is the only way from one to the other."""
         group = self.groups.pop(key)
         self.groups[into].nodes.extend(group.nodes)
         for node in group.nodes:

@@ -104,7 +104,7 @@ def _lines(vertex: Vertex, value_name: str) -> list[str]:
         "" if vertex.value is None else f"{value_name} {vertex.value:.3g}",
         vertex.growth,
     ]
-    return [f"<B>{_clean(line)}</B>" for line in title] + [_clean(fact) for fact in facts if fact]
+    return [f"<B>{_markup(line)}</B>" for line in title] + [_markup(fact) for fact in facts if fact]
 
 
 def _broken(path: str) -> list[str]:
@@ -118,13 +118,18 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text that stands for itself in DOT's markup."""
+    """Text in which neither markup nor entities are special."""
     return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _markup(text: str) -> str:
+    """Text for a label in DOT's markup, where a backslash before some letters cannot be escaped, only kept apart."""
+    return _clean(text).replace("\\", "\\\N{WORD JOINER}")
 
 
 def _quoted(text: str) -> str:
     """Text as a quoted string of the DOT language, in which nothing is special."""
-    return '"' + _clean(text).replace("\\", "\\\\") + '"'
+    return '"' + _markup(text).replace("\\", "\\\\") + '"'
 
 
 # Colours
@@ -177,12 +182,12 @@ def ink(fill: str) -> str:
 def _legend(colours: Colours, value_name: str, note: str) -> dict[str, Any]:
     """The graph's label: a row of swatches, and a line for the note."""
     cells = "".join(
-        f'<TD BGCOLOR="{colour}" BORDER="1"><FONT COLOR="{ink(colour)}">&nbsp;{_clean(text)}&nbsp;</FONT></TD>'
+        f'<TD BGCOLOR="{colour}" BORDER="1"><FONT COLOR="{ink(colour)}">&nbsp;{_markup(text)}&nbsp;</FONT></TD>'
         for colour, text in colours.swatches()
     )
     meaning = f"colour: {value_name}" if colours.by_value else "colour:"
-    rows = f"<TR><TD>{_clean(meaning)}</TD>{cells}</TR>" if cells else ""
-    rows += f'<TR><TD COLSPAN="8">{_clean(note)}</TD></TR>' if note else ""
+    rows = f"<TR><TD>{_markup(meaning)}</TD>{cells}</TR>" if cells else ""
+    rows += f'<TR><TD COLSPAN="8">{_markup(note)}</TD></TR>' if note else ""
     table = {"label": f'<<TABLE BORDER="0" CELLSPACING="4">{rows}</TABLE>>', "labelloc": "b"} if rows else {}
     return {"fontname": _FONT, "fontsize": "11", "bgcolor": _quoted("white"), **table}
 

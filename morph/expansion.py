@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.blocks import Cell, find_cells
 from morph.counts import Counts, count
-from morph.data import LabelledImages
 from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError
+from morph.images import LabelledImages
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide

@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
+import morph.cifar
 import morph.data
+import morph.sources
 from morph.cli.data_arguments import add_data, data_from
 from morph.data import CIFAR10, IMAGENET, LabelledImages, choose, open_data
 from morph.errors import DataError
@@ -320,8 +322,8 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_only_the_images_that_are_needed_are_decoded(tmp_path, monkeypatch):
     folder(tmp_path)
     calls = []
-    real = morph.data.decode
-    monkeypatch.setattr(morph.data, "decode", lambda *a: calls.append(a) or real(*a))
+    real = morph.sources.decode
+    monkeypatch.setattr(morph.sources, "decode", lambda *a: calls.append(a) or real(*a))
     data = open_data(tmp_path, limit=4, seed=1)
     assert len(calls) == len(data) == 4
     assert data.labels.tolist() != [0, 0, 0, 0]
@@ -527,8 +529,8 @@ def test_the_stand_in_cannot_be_changed_by_a_file(tmp_path, opcodes):
     (home / "batches.meta").write_bytes(opcodes)
     with pytest.raises(DataError, match=r"batches.meta: cannot be read as one of CIFAR's files: damaged \(TypeError\)"):
         open_data(home)
-    assert morph.data._StandIn.arguments == ()
-    assert morph.data._StandIn(1).arguments == (1,)
+    assert morph.cifar._StandIn.arguments == ()
+    assert morph.cifar._StandIn(1).arguments == (1,)
 
 
 def spoilt(**changes: object) -> bytes:
@@ -809,7 +811,7 @@ def test_the_users_data_is_left_as_it_was():
     images, labels = X.clone(), Y.clone()
     made = next(iter(DataLoader(TensorDataset(images, labels), batch_size=23)))
     data = morph.data.load(
-        morph.data._tensors("given", *made, None), input_shape=None, num_classes=5, limit=7, mean_std=None, seed=0
+        morph.sources._tensors("given", *made, None), input_shape=None, num_classes=5, limit=7, mean_std=None, seed=0
     )
     data.images.zero_()
     assert torch.equal(made[0], X)

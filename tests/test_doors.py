@@ -13,7 +13,7 @@ import morph
 
 ROOT = Path(morph.__file__).parent
 ORDER = [
-    "errors", "atomic", "zoo", "files", "sample", "data", "trace", "blocks", "passes", "plan", "scores", "twins", "count_rules", "counts",
+    "errors", "atomic", "zoo", "files", "images", "cifar", "sources", "sample", "data", "trace", "blocks", "passes", "plan", "scores", "twins", "count_rules", "counts",
     "policies", "cut", "verify", "surgery", "expansion", "report", "picture",
 ]  # fmt: skip
 

@@ -14,8 +14,8 @@ from importlib import resources
 import numpy as np
 import torch
 
-from morph.data import LabelledImages, Source, decode, open_data
 from morph.errors import DataError
+from morph.images import LabelledImages, Source, decode, load
 
 
 def cifar10() -> LabelledImages:
@@ -30,11 +30,11 @@ def cifar10() -> LabelledImages:
         >>> data.images.shape[1:], data.classes[:3]
         (torch.Size([3, 32, 32]), ('airplane', 'automobile', 'bird'))
     """
-    return open_data(None, input_shape=(3, 32, 32), num_classes=10, limit=None)
+    return load(source(), input_shape=(3, 32, 32), num_classes=10, limit=None, mean_std=None, seed=0)
 
 
 def source() -> Source:
-    """Describe the sample for `morph.data.load`, which decodes the images that it needs.
+    """Describe the sample for `morph.images.load`, which decodes the images that it needs.
 
     Raises:
         DataError: If the file is missing or damaged.
