@@ -23,7 +23,7 @@ from torchvision.models import get_model
 
 from morph.blocks import Cell, find_cells
 from morph.scores import fisher
-from morph.trace import Trace, trace
+from morph.tracing import Trace, trace
 from morph.zoo import build
 
 CASES = {

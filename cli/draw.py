@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from morph.blocks import Cell
-    from morph.trace import Trace
+    from morph.tracing import Trace
 
 EPILOG = """\
 Formats, by the suffix of --out: .svg, .png, .pdf (these need Graphviz), .dot (needs no program).
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw."""
     from morph.atomic import check_writable
     from morph.cli import console
-    from morph.draw import picture_format, render
+    from morph.drawing import picture_format, render
 
     path: Path = args.out or _default_name(args.model)
     picture_format(path)
@@ -70,8 +70,8 @@ def _default_name(model: str) -> Path:
 def _graph(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     import torch
 
-    from morph.draw import block_graph
-    from morph.trace import trace
+    from morph.drawing import block_graph
+    from morph.tracing import trace
 
     opened = open_from(args)
     dtype = next((p.dtype for p in opened.model.parameters() if p.is_floating_point()), None)

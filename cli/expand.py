@@ -124,7 +124,7 @@ def _expected(opened: OpenedModel, args: argparse.Namespace) -> tuple[tuple[int,
     """Shape of one sample and number of classes, as far as the model tells."""
     import torch
 
-    from morph.trace import evaluation, try_inputs
+    from morph.tracing import evaluation, try_inputs
 
     shape = args.input or opened.input_shape
     if shape is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from morph.counts import count as count
-    from morph.draw import draw as draw
+    from morph.drawing import draw as draw
     from morph.expansion import expand as expand
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from morph.plan import load_plan as load_plan
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
-    from morph.trace import trace as trace
+    from morph.tracing import trace as trace
 
 _HOMES = {
     "count": "morph.counts",
-    "draw": "morph.draw",
+    "draw": "morph.drawing",
     "expand": "morph.expansion",
     "open_model": "morph.files",
     "save_model": "morph.files",
@@ -32,7 +32,7 @@ _HOMES = {
     "Result": "morph.surgery",
     "load_plan": "morph.plan",
     "replay": "morph.surgery",
-    "trace": "morph.trace",
+    "trace": "morph.tracing",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from morph.blocks import Cell, find_cells
 from morph.errors import NothingToGrowError
-from morph.trace import Trace
+from morph.tracing import Trace
 
 
 @dataclass(frozen=True)

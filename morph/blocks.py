@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import NothingToGrowError, ProbeError
-from morph.trace import Trace
+from morph.tracing import Trace
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (_ConvNd, nn.Linear)
@@ -67,7 +67,7 @@ def find_cells(trace: Trace, at: Sequence[str] | None = None) -> list[Cell]:
         NothingToGrowError: If ``at`` is None and the model has neither blocks nor convolutions.
     """
     if at is None:
-        blocks = [path for path in find_blocks(trace.root) if path in trace.outputs]
+        blocks = [path for path in find_blocks(trace.root) if _gives_tensors(trace, path)]
         names = blocks or [str(node.target) for node, module in trace.calls() if isinstance(module, _ConvNd)]
         if not names:
             raise NothingToGrowError(
@@ -101,9 +101,14 @@ def _matches(trace: Trace, pattern: str) -> list[str]:
             f"nodes like {_some(list(trace.shapes))}"
         )
     for name in found:
-        if any(node not in trace.shapes for node in trace.outputs.get(name, (name,))):
+        if name not in trace.shapes and not _gives_tensors(trace, name):
             raise ProbeError(f"--at {pattern}: {name} does not give a tensor; choose a module or node that does")
     return found
+
+
+def _gives_tensors(trace: Trace, path: str) -> bool:
+    """Whether the module at ``path`` is called, and each call gives a tensor."""
+    return all(node in trace.shapes for node in trace.outputs.get(path, ("",)))
 
 
 def _some(names: list[str]) -> str:

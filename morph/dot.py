@@ -236,4 +236,3 @@ def _layout(graph: nx.DiGraph[str], places: Places, texts: Mapping[str, list[str
     down = abs(math.log(most * width / (long * height) / _PAGE))
     across = abs(math.log(long * width / (most * height) / _PAGE))
     return {"layout": "dot", "rankdir": "TB" if down <= across else "LR", "nodesep": "0.3", "ranksep": "0.5"}
-

@@ -19,7 +19,7 @@ from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
 from morph.scores import Loss, cross_entropy, fisher
 from morph.surgery import Result, environment, operate, promise, sizes
-from morph.trace import Trace, trace
+from morph.tracing import Trace, trace
 
 Batch = tuple[Tensor, Tensor]
 

@@ -86,9 +86,7 @@ class Report:
 
     def notes(self) -> list[str]:
         """State the convention, and all that the table does not show, one sentence a line."""
-        lines = [
-            "1 multiply-add = 1, per sample; convolutions, linear layers, matrix products and attention only."
-        ]
+        lines = ["1 multiply-add = 1, per sample; convolutions, linear layers, matrix products and attention only."]
         if self.other is not None:
             lines.append(f"ratio = other / first; first: {self.names[0]}; other: {self.names[1]}.")
         models = [(self.names[0], self.one)] + ([(self.names[1], self.other)] if self.other else [])

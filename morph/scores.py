@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from morph.blocks import Cell
 from morph.errors import ProbeError
 from morph.passes.probes import insert_probes, probes_of
-from morph.trace import Trace
+from morph.tracing import Trace
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

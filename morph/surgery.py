@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.plan import Check, Plan, Record
-from morph.trace import try_inputs
+from morph.tracing import try_inputs
 from morph.verify import require, same_function
 
 

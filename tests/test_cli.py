@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,9 @@ def student(tmp_path, monkeypatch) -> Path:
     net = randomise(DartsNet(DARTS_V2, layers=4, channels=4))
     morph.save_model(net, tmp_path / "student.pt", input_shape=(3, 32, 32))
     draw = np.random.default_rng(0)
-    np.savez(tmp_path / "data.npz", images=draw.integers(0, 256, (20, 32, 32, 3), np.uint8), labels=draw.integers(0, 10, 20))
+    np.savez(
+        tmp_path / "data.npz", images=draw.integers(0, 256, (20, 32, 32, 3), np.uint8), labels=draw.integers(0, 10, 20)
+    )
     return tmp_path / "student.pt"
 
 
@@ -39,13 +40,20 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-def test_help_needs_no_torch_and_is_quick():
-    script = "import sys, time; from morph.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as e: code = e.code\nprint('heavy', [m for m in ('torch', 'numpy', 'torchvision', 'rich', 'matplotlib') if m in sys.modules], code)"
-    runs = []
-    for _ in range(3):
-        start = time.perf_counter()
-        out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-        runs.append(time.perf_counter() - start)
+HELP = """
+import sys
+from morph.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as error:
+    code = error.code
+print("heavy", [m for m in ("torch", "numpy", "torchvision", "rich", "matplotlib") if m in sys.modules], code)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    """This is what keeps it quick: well under 0.3 s, where torch alone takes two seconds."""
+    out = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "heavy [] 0"
     assert all(name in out for name in COMMANDS)
     assert "exit codes: 0 done; 1 a check failed" in out
@@ -90,7 +98,13 @@ def test_sizes_that_are():
     from morph.cli.numbers import size
 
     assert [size(t) for t in ("1.4M", "90M", "1.2G", "1_400_000", "1,400,000", "3k", "7")] == [
-        1_400_000, 90_000_000, 1_200_000_000, 1_400_000, 1_400_000, 3_000, 7,
+        1_400_000,
+        90_000_000,
+        1_200_000_000,
+        1_400_000,
+        1_400_000,
+        3_000,
+        7,
     ]
 
 
@@ -100,12 +114,16 @@ def test_expand_writes_teacher_record_and_picture(capsys, student):
     assert code == 0
     assert student.read_bytes() == before
     assert sorted(p.name for p in student.parent.iterdir()) == [
-        "data.npz", "student-teacher.json", "student-teacher.pt", "student-teacher.svg", "student.pt",
+        "data.npz",
+        "student-teacher.json",
+        "student-teacher.pt",
+        "student-teacher.svg",
+        "student.pt",
     ]
-    assert "parameters     354,496 -> " in out or "parameters " in out
     assert "cells.1" in out
     assert "check          outputs: max |difference|" in out
     record = json.loads((student.parent / "student-teacher.json").read_text())
+    assert f"parameters     {record['params_before']:,} -> {record['params_after']:,}\n" in out
     teacher = morph.open_model(student.parent / "student-teacher.pt")
     assert sum(p.numel() for p in teacher.model.parameters()) == record["params_after"] >= 430_000
     assert teacher.input_shape == (3, 32, 32)
@@ -187,8 +205,14 @@ def test_a_hostile_pickle_runs_nothing(capsys, student):
 def test_nothing_to_grow_and_nan_and_wrong_labels(capsys, student):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (6, 32, 32, 3), np.uint8)
-    morph.save_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)), "plain.pt", input_shape=(3, 32, 32))
-    assert "widening is another move" in bad(capsys, "expand", "plain.pt", "--target-params", "1M", "--data", "data.npz")
+    morph.save_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)),
+        "plain.pt",
+        input_shape=(3, 32, 32),
+    )
+    assert "widening is another move" in bad(
+        capsys, "expand", "plain.pt", "--target-params", "1M", "--data", "data.npz"
+    )
     np.savez("labels.npz", images=images, labels=np.arange(6) + 5)
     assert "labels.npz" in bad(capsys, "expand", "student.pt", "--target-params", "430K", "--data", "labels.npz")
     net = morph.open_model("student.pt").model

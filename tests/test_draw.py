@@ -20,9 +20,9 @@ from morph.block_graph import Vertex
 from morph.blocks import find_cells
 from morph.cli.main import main
 from morph.dot import Colours, ink, to_dot
-from morph.draw import block_graph, draw, picture_format, render
+from morph.drawing import block_graph, draw, picture_format, render
 from morph.errors import OutputError, PictureError, TraceError
-from morph.trace import Trace, trace
+from morph.tracing import Trace, trace
 from morph.zoo.darts import DartsNet
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -199,7 +199,11 @@ def test_what_lies_between_is_named_and_merged() -> None:
     densenet = torchvision.models.DenseNet(4, (3, 4), 6, num_classes=5)
     names = titles(block_graph(trace(densenet, torch.randn(2, 3, 32, 32))))
     assert [name for name in names if "denselayer" not in name] == [
-        "x", "features.conv0 … features.pool0", "features.transition1", "features.norm5 … classifier", "output",
+        "x",
+        "features.conv0 … features.pool0",
+        "features.transition1",
+        "features.norm5 … classifier",
+        "output",
     ]
 
 
@@ -208,7 +212,10 @@ def test_nodes_without_a_kernel_are_folded_into_their_neighbour() -> None:
     model = nn.Sequential(*first, nn.Conv2d(5, 2, 1), nn.ReLU())
     graph = block_graph(trace(model, torch.randn(2, 3, 8, 8)))
     assert [(v.title, v.modules) for v in vertices_of(graph)] == [
-        ("input_1", ()), ("1", ("0", "1", "2", "3")), ("4", ("4", "5")), ("output", ()),
+        ("input_1", ()),
+        ("1", ("0", "1", "2", "3")),
+        ("4", ("4", "5")),
+        ("output", ()),
     ]
     assert graph.nodes["v1"]["vertex"].shape == (5, 6, 6)  # of the convolution itself
     assert graph.edges["v1", "v2"]["shapes"] == ((5, 3, 3),)  # of what comes out after pooling
@@ -238,8 +245,16 @@ def test_the_model_is_not_touched(tmp_path: Path) -> None:
 def chain(count: int, **changes: object) -> nx.DiGraph[str]:
     graph: nx.DiGraph[str] = nx.DiGraph()
     for i in range(count):
-        facts = {"title": f"cells.{i}", "kind": "cell", "module_class": "Cell", "params": 1234, "shape": (3, 5, 7),
-                 "members": (f"n{i}",), "modules": (f"cells.{i}.conv",), **changes}
+        facts = {
+            "title": f"cells.{i}",
+            "kind": "cell",
+            "module_class": "Cell",
+            "params": 1234,
+            "shape": (3, 5, 7),
+            "members": (f"n{i}",),
+            "modules": (f"cells.{i}.conv",),
+            **changes,
+        }
         graph.add_node(f"v{i}", vertex=Vertex(**facts))  # type: ignore[arg-type]
         if i:
             graph.add_edge(f"v{i - 1}", f"v{i}", shapes=((3, 5, 7),))
@@ -368,7 +383,9 @@ def test_odd_characters_stand_for_themselves(tmp_path: Path) -> None:
     graph.nodes["v1"]["vertex"] = Vertex("graph", "cell", "", 0, (), (), ("node",))
     render(graph, tmp_path / "p.svg", value_name='<&">')
     root = ET.parse(tmp_path / "p.svg").getroot()
-    texts = ["".join(e.itertext()).replace("\N{WORD JOINER}", "") for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [
+        "".join(e.itertext()).replace("\N{WORD JOINER}", "") for e in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
     shown = [" ".join(text.split()) for text in texts]
     plain = " ".join(ODD.replace("\x01", "\N{REPLACEMENT CHARACTER}").split())
     assert shown.count(plain) == 2
@@ -404,8 +421,10 @@ def test_edges_go_around_boxes(tmp_path: Path) -> None:
     graph = block_graph(trace(darts(4), torch.randn(2, 3, 32, 32)))
     done = subprocess.run(["dot", "-Tjson"], input=to_dot(graph).encode(), capture_output=True, check=True)
     drawn = json.loads(done.stdout)
-    boxes = {o["_gvid"]: (*map(float, o["pos"].split(",")), float(o["width"]) * 36, float(o["height"]) * 36)
-             for o in drawn["objects"]}
+    boxes = {
+        o["_gvid"]: (*map(float, o["pos"].split(",")), float(o["width"]) * 36, float(o["height"]) * 36)
+        for o in drawn["objects"]
+    }
     for edge in drawn["edges"]:
         points = [tuple(map(float, p.split(","))) for p in edge["pos"].removeprefix("e,").split()[1:]]
         ends = {edge["tail"], edge["head"]}

@@ -16,7 +16,7 @@ import morph
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError, TraceError
 from morph.plan import Plan
-from morph.trace import trace
+from morph.tracing import trace
 from morph.zoo.darts import DARTS_V1, DARTS_V2, DartsNet
 
 
@@ -218,7 +218,7 @@ def test_a_size_that_was_not_decided_is_not_returned(monkeypatch):
     monkeypatch.setattr(
         home.Ledger, "next_step", lambda self, cell, score: dataclasses.replace(real(self, cell, score), params=10_001)
     )
-    with pytest.raises(CheckFailedError, match="10,001 and .* were decided; nothing is returned or written"):
+    with pytest.raises(CheckFailedError, match=r"10,001 and .* were decided; nothing is returned or written"):
         morph.expand(randomise(Net()), images(), policy="uniform", target_params=10_000)
 
 
@@ -233,7 +233,7 @@ def test_refusals():
     with pytest.raises(TargetError, match="is not above the"):
         morph.expand(net, data, target_params=100)
     with pytest.raises(
-        TargetError, match="no regrouping reaches 1,000,000,000 parameters: .* widening is another move"
+        TargetError, match=r"no regrouping reaches 1,000,000,000 parameters: .* widening is another move"
     ):
         morph.expand(net, data, target_params=1e9)
     with pytest.raises(

@@ -128,9 +128,15 @@ def test_layers_come_back_bit_for_bit(layer, tmp_path):
 def peculiar():
     """Ties, absent parts, frozen and half-precision tensors, non-persistent buffers, odd attributes."""
     shared = nn.Conv2d(3, 3, 1)
-    model = nn.Sequential(shared, nn.BatchNorm2d(3), shared, nn.Conv2d(3, 3, 1), nn.ModuleList([nn.ReLU()]),
-                          nn.ParameterDict({"a": nn.Parameter(torch.randn(2).bfloat16())}),
-                          nn.ParameterList([torch.zeros(3)]))
+    model = nn.Sequential(
+        shared,
+        nn.BatchNorm2d(3),
+        shared,
+        nn.Conv2d(3, 3, 1),
+        nn.ModuleList([nn.ReLU()]),
+        nn.ParameterDict({"a": nn.Parameter(torch.randn(2).bfloat16())}),
+        nn.ParameterList([torch.zeros(3)]),
+    )
     model[3].weight = shared.weight
     model[0].bias.requires_grad_(False)
     model[1].eval()
@@ -140,9 +146,27 @@ def peculiar():
     model.register_module("none", None)
     model.plain = torch.randn(2, 3).t()
     model.alias = shared.weight
-    model.values = [None, True, 3, 0.1, math.inf, "text", (1, (2,)), {"a": 1, 2: [3]}, {1, 2}, frozenset({"x"}),
-                    OrderedDict(b=1, a=2), torch.Size([2, 3]), torch.float16, torch.channels_last, torch.device("cpu"),
-                    slice(1, None), ..., nn.BatchNorm2d, F.relu]
+    model.values = [
+        None,
+        True,
+        3,
+        0.1,
+        math.inf,
+        "text",
+        (1, (2,)),
+        {"a": 1, 2: [3]},
+        {1, 2},
+        frozenset({"x"}),
+        OrderedDict(b=1, a=2),
+        torch.Size([2, 3]),
+        torch.float16,
+        torch.channels_last,
+        torch.device("cpu"),
+        slice(1, None),
+        ...,
+        nn.BatchNorm2d,
+        F.relu,
+    ]
     model.not_a_number = math.nan
     model.factory = functools.partial(nn.LayerNorm, 7, eps=1e-6)
     return model
@@ -199,5 +223,3 @@ def test_the_record_and_what_is_known_are_kept(tmp_path):
     torch.save(nn.Linear(3, 2), tmp_path / "c.pt")
     with pytest.raises(ModelFileError, match=r"c.pt: is not a file written by morph"):
         read_record(tmp_path / "c.pt")
-
-

@@ -70,24 +70,39 @@ def test_a_file_that_may_not_be_read(tmp_path):
 
 def _own_content(**changes):
     description, tensors = describe(nn.Linear(2, 3))
-    content = {"format": "morph", "version": 1, "description": description.to_text(), "tensors": tensors,
-               "meta": "{}", "record": None}
+    content = {
+        "format": "morph",
+        "version": 1,
+        "description": description.to_text(),
+        "tensors": tensors,
+        "meta": "{}",
+        "record": None,
+    }
     return {**content, **changes}
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"version": 2}, "is of version 2 of this format; version 1 is the newest"),
-    ({"description": 3}, "the field 'description' is missing or of the wrong type"),
-    ({"description": "{"}, "the description is not JSON"),
-    ({"description": "[" * 100_000}, "the description is not JSON"),
-    ({"description": "{}"}, "has the fields .*, expected"),
-    ({"tensors": {}}, "2 tensors are missing or too many, first 'bias'"),
-    ({"tensors": {"weight": torch.eye(3).to_sparse(), "bias": torch.zeros(3)}}, "'weight' is not a plain dense tensor"),
-    ({"tensors": {"weight": torch.zeros(3, 2).int(), "bias": torch.zeros(3)}}, "torch.int32 cannot have a gradient"),
-    ({"meta": "3"}, "its meta is not a JSON object"),
-    ({"meta": '{"input_shape": [3, -1]}'}, "is not the shape of a sample"),
-    ({"meta": '{"arch": 3}'}, "the name of the architecture is not text"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"version": 2}, "is of version 2 of this format; version 1 is the newest"),
+        ({"description": 3}, "the field 'description' is missing or of the wrong type"),
+        ({"description": "{"}, "the description is not JSON"),
+        ({"description": "[" * 100_000}, "the description is not JSON"),
+        ({"description": "{}"}, "has the fields .*, expected"),
+        ({"tensors": {}}, "2 tensors are missing or too many, first 'bias'"),
+        (
+            {"tensors": {"weight": torch.eye(3).to_sparse(), "bias": torch.zeros(3)}},
+            "'weight' is not a plain dense tensor",
+        ),
+        (
+            {"tensors": {"weight": torch.zeros(3, 2).int(), "bias": torch.zeros(3)}},
+            "torch.int32 cannot have a gradient",
+        ),
+        ({"meta": "3"}, "its meta is not a JSON object"),
+        ({"meta": '{"input_shape": [3, -1]}'}, "is not the shape of a sample"),
+        ({"meta": '{"arch": 3}'}, "the name of the architecture is not text"),
+    ],
+)
 def test_damaged_files_of_our_own_say_what_is_wrong(changes, text, tmp_path):
     path = tmp_path / "a.morph"
     torch.save(_own_content(), path)
@@ -101,5 +116,3 @@ def test_an_unreadable_record(tmp_path):
     torch.save(_own_content(record="[1]"), tmp_path / "a.morph")
     with pytest.raises(ModelFileError, match="its record is not a JSON object"):
         read_record(tmp_path / "a.morph")
-
-

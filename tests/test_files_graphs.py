@@ -273,7 +273,6 @@ def test_every_name_a_file_may_use_exists():
     assert all(hasattr(Tensor, name) for name in names.METHODS | names.ATTRIBUTES)
 
 
-
 def test_graph_constants_are_told_apart_by_their_bits():
     root, constants = nn.Module(), {}
     a = graphs._constant(torch.tensor([0.0, math.nan]), root, constants)

@@ -68,19 +68,22 @@ def test_a_users_callable(user_folder):
     assert open_model("their_nets:Own").model(torch.zeros(1, 3)).shape == (1, 2)
 
 
-@pytest.mark.parametrize(("source", "text"), [
-    ("torchvision:resnet19", "torchvision:resnet19: there is no such model; near: .*resnet18"),
-    ("zoo:darts-0x", "darts"),
-    ("their_nets:mke", "their_nets has no callable mke; near: make"),
-    ("their_nets:text", "gave a str, expected a torch.nn.Module"),
-    ("their_nets:fails", "cannot be built: ValueError: no luck"),
-    ("their_broken:make", "their_broken cannot be imported: ModuleNotFoundError"),
-    ("their_missing:make", "their_missing cannot be imported"),
-    ("C:\\models\\net.pt", "there is no such file"),
-    ("D:net", "there is no such file"),
-    ("folder/net.pt", "there is no such file; to name a model instead, write zoo:NAME"),
-    ("zoo:", "there is no such file"),
-])
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("torchvision:resnet19", "torchvision:resnet19: there is no such model; near: .*resnet18"),
+        ("zoo:darts-0x", "darts"),
+        ("their_nets:mke", "their_nets has no callable mke; near: make"),
+        ("their_nets:text", "gave a str, expected a torch.nn.Module"),
+        ("their_nets:fails", "cannot be built: ValueError: no luck"),
+        ("their_broken:make", "their_broken cannot be imported: ModuleNotFoundError"),
+        ("their_missing:make", "their_missing cannot be imported"),
+        ("C:\\models\\net.pt", "there is no such file"),
+        ("D:net", "there is no such file"),
+        ("folder/net.pt", "there is no such file; to name a model instead, write zoo:NAME"),
+        ("zoo:", "there is no such file"),
+    ],
+)
 def test_wrong_names_say_what_is_near(source, text, user_folder):
     with pytest.raises(ModelFileError, match=text) as caught:
         open_model(source)
@@ -105,8 +108,11 @@ def _forms(model, folder):
     torch.save({"epoch": 3, "state_dict": prefixed, "best": 0.5}, folder / "nested.pt")
     torch.save({"model": {f"_orig_mod.{k}": t for k, t in prefixed.items()}}, folder / "model.pt")
     torch.save({"model_state_dict": state}, folder / "other.pt")
-    torch.save({k: t for k, t in state.items() if "num_batches" not in k}, folder / "old.pth",
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {k: t for k, t in state.items() if "num_batches" not in k},
+        folder / "old.pth",
+        _use_new_zipfile_serialization=False,
+    )
     save_file({k: t.contiguous() for k, t in state.items()}, folder / "tensors.safetensors")
     return sorted(folder.iterdir())
 
@@ -127,9 +133,12 @@ def test_state_dicts_in_all_their_forms(tmp_path):
 def test_a_state_dict_that_does_not_fit(tmp_path, user_folder):
     path = tmp_path / "a.pt"
     torch.save({"layer.weight": torch.zeros(2, 4), "other": torch.zeros(1)}, path)
-    with pytest.raises(ModelFileError, match=r"a.pt: does not fit their_nets:make, which has 2 tensors: "
-                       r"1 missing \(layer.bias\); 1 unknown \(other\); "
-                       r"1 of another shape \(layer.weight is \[2, 4\], expected \[2, 3\]\)"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"a.pt: does not fit their_nets:make, which has 2 tensors: "
+        r"1 missing \(layer.bias\); 1 unknown \(other\); "
+        r"1 of another shape \(layer.weight is \[2, 4\], expected \[2, 3\]\)",
+    ):
         open_model(path, arch="their_nets:make")
     with pytest.raises(ModelFileError, match="holds a state_dict of 2 tensors; say what it belongs to with --arch"):
         open_model(path)
@@ -193,5 +202,3 @@ def _renamed(path, old, new):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         for info, data in content.items():
             file.writestr(info.filename, data.replace(old, new) if info.filename.endswith("data.pkl") else data)
-
-

@@ -165,10 +165,14 @@ GRAPHS = {
     "methodcaller": (last_call("operator.methodcaller", "__reduce__"), "calls 'operator.methodcaller'"),
     "loader": (last_call("torch.__loader__", X), "calls 'torch.__loader__'"),
     "module class": (last_call("torch.nn.modules.linear.Linear", 2, 3), "calls 'torch.nn.modules.linear.Linear'"),
-    "class as argument": (set_in("call_module", "args", [{"global": "torch.nn.modules.linear.Linear"}]),
-                          "'global' is not an argument that a graph may have"),
-    "partial as argument": (set_in("call_module", "args", [partial_of("os.system", "touch MARK")]),
-                            "'partial' is not an argument"),
+    "class as argument": (
+        set_in("call_module", "args", [{"global": "torch.nn.modules.linear.Linear"}]),
+        "'global' is not an argument that a graph may have",
+    ),
+    "partial as argument": (
+        set_in("call_module", "args", [partial_of("os.system", "touch MARK")]),
+        "'partial' is not an argument",
+    ),
     "operation": (set_in("call_module", "op", "exec"), "'exec' is not the kind of a node"),
     "early output": (set_in("call_module", "op", "output"), "'output' is not the kind of a node"),
     "later node": (set_in("call_module", "args", [{"node": "view"}]), "there is no node 'view'"),
@@ -199,11 +203,25 @@ def attribute(name, value):
 
 VIT = {"global": "timm.models.vision_transformer.VisionTransformer"}
 RELU = {"global": "torch.nn.modules.activation.ReLU"}
-CLASSES = ["os.system", "posix.system", "subprocess.Popen", "builtins.exec", "torch.fx.graph_module.GraphModule",
-           "torch.jit._script.RecursiveScriptModule", "torch.package.package_importer.PackageImporter",
-           "torchvision.models.feature_extraction.DualGraphModule", "timm.models._features_fx.FeatureGraphNet",
-           "torch.nn.modules.lazy.LazyModuleMixin", "torch.nn.parallel.data_parallel.DataParallel", "their_code.Net",
-           "torch.nn.modulesX.Net", "ReLU", f"torch.nn.modules.{CODE}", "torch.nn.modules.linear.__builtins__", ""]
+CLASSES = [
+    "os.system",
+    "posix.system",
+    "subprocess.Popen",
+    "builtins.exec",
+    "torch.fx.graph_module.GraphModule",
+    "torch.jit._script.RecursiveScriptModule",
+    "torch.package.package_importer.PackageImporter",
+    "torchvision.models.feature_extraction.DualGraphModule",
+    "timm.models._features_fx.FeatureGraphNet",
+    "torch.nn.modules.lazy.LazyModuleMixin",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "their_code.Net",
+    "torch.nn.modulesX.Net",
+    "ReLU",
+    f"torch.nn.modules.{CODE}",
+    "torch.nn.modules.linear.__builtins__",
+    "",
+]
 MODULES = {
     **{f"class {name}": (lambda root, name=name: root.update(cls=name), "wants ") for name in CLASSES},
     "forward": (attribute("forward", RELU), "sets the attribute 'forward'"),
@@ -218,12 +236,18 @@ MODULES = {
     "graph module": (attribute("f", {"global": "torch.fx.graph_module.GraphModule"}), "wants torch.fx"),
     "model class as value": (attribute("f", VIT), "wants timm"),
     "partial": (attribute("f", partial_of("os.system", "touch MARK")), "wants os.system"),
-    "partial in partial": (attribute("f", partial_of("torch.relu", partial_of("builtins.exec", CODE))),
-                           "wants builtins.exec"),
-    "partial of a partial": (attribute("f", {"partial": [partial_of("torch.relu"), {"tuple": []}, {"dict": []}]}),
-                             "'partial' is not a value"),
-    "keyword of a partial": (attribute("f", {"partial": [RELU, {"tuple": []}, {"dict": [[CODE, 1]]}]}),
-                             "a keyword is not"),
+    "partial in partial": (
+        attribute("f", partial_of("torch.relu", partial_of("builtins.exec", CODE))),
+        "wants builtins.exec",
+    ),
+    "partial of a partial": (
+        attribute("f", {"partial": [partial_of("torch.relu"), {"tuple": []}, {"dict": []}]}),
+        "'partial' is not a value",
+    ),
+    "keyword of a partial": (
+        attribute("f", {"partial": [RELU, {"tuple": []}, {"dict": [[CODE, 1]]}]}),
+        "a keyword is not",
+    ),
     "enumeration": (attribute("f", {"enum": ["subprocess.Popen", "touch MARK"]}), "wants subprocess.Popen"),
     "instance": (attribute("f", {"object": ["subprocess.Popen", {"dict": []}]}), "wants subprocess.Popen"),
     "node": (attribute("f", {"node": "x"}), "there is no node 'x'"),
@@ -300,10 +324,33 @@ def test_an_enumeration_has_only_its_members():
         open_model("evil.morph")
 
 
-JUNK = [None, True, -1, 10**30, 0.5, "", "x", "__class__", "forward", [], [[]], {}, {"tuple": 3}, {"global": 3},
-        {"node": "x"}, {"global": "torch.relu"}, {"dict": [[1, 2]]}, {"slice": [1]}, {"partial": [1, 2, 3]},
-        {"set": [[1]]}, {"dtype": []},
-        {"enum": ["torch.nn.modules.linear.Linear", 1]}, {"object": [1, 2]}, {"ellipsis": []}, {"device": "cuda:x"}]
+JUNK = [
+    None,
+    True,
+    -1,
+    10**30,
+    0.5,
+    "",
+    "x",
+    "__class__",
+    "forward",
+    [],
+    [[]],
+    {},
+    {"tuple": 3},
+    {"global": 3},
+    {"node": "x"},
+    {"global": "torch.relu"},
+    {"dict": [[1, 2]]},
+    {"slice": [1]},
+    {"partial": [1, 2, 3]},
+    {"set": [[1]]},
+    {"dtype": []},
+    {"enum": ["torch.nn.modules.linear.Linear", 1]},
+    {"object": [1, 2]},
+    {"ellipsis": []},
+    {"device": "cuda:x"},
+]
 
 
 def places(value, found):
@@ -426,8 +473,12 @@ def _eventually_marked():
 
 @pytest.mark.parametrize("trust", [["posix"], ["os.system"], ["posix.system"], ["torch.fx"], [""], ["builtins.exec"]])
 def test_trust_never_reaches_a_call(trust):
-    for value in (Call(os.system, "touch MARK"), Call(builtins.exec, CODE), holding(Call(builtins.exec, CODE)),
-                  holding(Call(builtins.exec, CODE, {}))):
+    for value in (
+        Call(os.system, "touch MARK"),
+        Call(builtins.exec, CODE),
+        holding(Call(builtins.exec, CODE)),
+        holding(Call(builtins.exec, CODE, {})),
+    ):
         torch.save(value, "evil.pt")
         with pytest.raises(ModelFileError):
             open_model("evil.pt", trust=trust)

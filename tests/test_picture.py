@@ -38,8 +38,15 @@ def test_svg_shows_every_name_and_number(tmp_path: Path) -> None:
     path = tmp_path / "picture.svg"
     expansion_picture(ROWS, path, title="costs $5 & <more>")
     shown = texts_of(path)
-    for expected in [*(row.name for row in ROWS), "costs $5 & <more>", "1,234", "98,765", "not scored",
-                     "no grouped convolution", "99,999 in all"]:
+    for expected in [
+        *(row.name for row in ROWS),
+        "costs $5 & <more>",
+        "1,234",
+        "98,765",
+        "not scored",
+        "no grouped convolution",
+        "99,999 in all",
+    ]:
         assert expected in shown
     assert "cells.9" not in shown
 

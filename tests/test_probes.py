@@ -14,7 +14,7 @@ from morph.blocks import find_blocks, find_cells
 from morph.errors import ProbeError
 from morph.passes.probes import Probe, insert_probes, probes_of, remove_probes
 from morph.scores import cross_entropy, fisher
-from morph.trace import trace
+from morph.tracing import trace
 from morph.zoo.darts import DARTS_V2, DartsNet
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from morph.errors import EditError
 from morph.passes.regroup import grouped_convolutions, merge_groups, regroup, smallest_prime_factor
-from morph.trace import trace
+from morph.tracing import trace
 
 KINDS = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 

@@ -8,7 +8,7 @@ from models import Net, Snapshot, images, randomise
 from torch import nn
 
 from morph.errors import TraceError
-from morph.trace import evaluation, trace, try_inputs
+from morph.tracing import evaluation, trace, try_inputs
 
 
 def test_the_graph_computes_what_the_model_does_and_knows_its_outputs():

@@ -98,8 +98,9 @@ def _call(home: str, name: str) -> nn.Module:
     found = getattr(module, name, None)
     if not callable(found):
         near = difflib.get_close_matches(name, dir(module), 3)
-        raise ModelFileError(f"{source}: {home} has no callable {name}"
-                             + (f"; near: {', '.join(near)}" if near else ""))
+        raise ModelFileError(
+            f"{source}: {home} has no callable {name}" + (f"; near: {', '.join(near)}" if near else "")
+        )
     with working_folder_importable():
         made = _made(source, found)
     if not isinstance(made, nn.Module):

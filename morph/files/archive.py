@@ -25,8 +25,10 @@ def kind_of(path: Path) -> str:
     if path.is_dir():
         raise ModelFileError("is a folder; give the name of a model file")
     if not path.exists():
-        raise ModelFileError("there is no such file; to name a model instead, write zoo:NAME, torchvision:NAME, "
-                             "timm:NAME or package.module:callable")
+        raise ModelFileError(
+            "there is no such file; to name a model instead, write zoo:NAME, torchvision:NAME, "
+            "timm:NAME or package.module:callable"
+        )
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -40,8 +42,10 @@ def kind_of(path: Path) -> str:
         return "safetensors"
     if start[:1] == b"\x80":
         return "legacy"
-    raise ModelFileError("is neither a torch archive, a pickle, a safetensors file nor an exported program"
-                         + ("; it looks like text" if _is_text(start) else ""))
+    raise ModelFileError(
+        "is neither a torch archive, a pickle, a safetensors file nor an exported program"
+        + ("; it looks like text" if _is_text(start) else "")
+    )
 
 
 def _is_text(start: bytes) -> bool:
@@ -115,11 +119,14 @@ def read_legacy(path: Path) -> Any:
     except Exception as error:  # whatever a damaged pickle makes the reader raise
         name = str(error).partition("GLOBAL ")[2].partition(" ")[0]
         if name:
-            raise UnsafeFileError(f"is a pickle in the old, non-zip format that wants {name}; nothing was run; "
-                                  "from this format only a state_dict opens safely; use --allow-code to run whatever "
-                                  "the file holds") from error
-        raise ModelFileError("is a pickle in the old, non-zip format, and damaged or not of torch.save "
-                             f"({_first_line(error)})") from error
+            raise UnsafeFileError(
+                f"is a pickle in the old, non-zip format that wants {name}; nothing was run; "
+                "from this format only a state_dict opens safely; use --allow-code to run whatever "
+                "the file holds"
+            ) from error
+        raise ModelFileError(
+            f"is a pickle in the old, non-zip format, and damaged or not of torch.save ({_first_line(error)})"
+        ) from error
 
 
 def read_with_code(path: Path) -> Any:

@@ -46,18 +46,25 @@ def _refuse_what_would_be_lost(module: nn.Module, where: str) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelFileError(f"cannot save {where}: it is a TorchScript module; save the module it was made from")
     if isinstance(module, fx.GraphModule) and type(module.graph._codegen) is not fx.graph.CodeGen:
-        raise ModelFileError(f"cannot save {where}: an exported program's module cannot be kept; save the model that "
-                             "it was exported from")
+        raise ModelFileError(
+            f"cannot save {where}: an exported program's module cannot be kept; save the model that "
+            "it was exported from"
+        )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise ModelFileError(f"cannot save {where}: {kind} has no parameters yet; run the model once first")
     if parametrize.is_parametrized(module):
-        raise ModelFileError(f"cannot save {where}: it is parametrized; use torch.nn.utils.parametrize."
-                             "remove_parametrizations first")
-    hooks = sorted(key for key, value in module.__dict__.items() if key in BASE_STATE and "hook" in key
-                   and isinstance(value, dict) and value)
+        raise ModelFileError(
+            f"cannot save {where}: it is parametrized; use torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    hooks = sorted(
+        key
+        for key, value in module.__dict__.items()
+        if key in BASE_STATE and "hook" in key and isinstance(value, dict) and value
+    )
     if hooks:
-        raise ModelFileError(f"cannot save {where}: it has hooks ({', '.join(hooks)}), which would be lost; "
-                             "remove them first")
+        raise ModelFileError(
+            f"cannot save {where}: it has hooks ({', '.join(hooks)}), which would be lost; remove them first"
+        )
 
 
 class _Writer:
@@ -90,8 +97,10 @@ class _Writer:
             graph_specs, extra = _graphs_of(module)
             name = _network_name(graph_specs)
         inside = traced or bool(graph_specs)
-        children = {part: None if child is None else self.module(child, _join(path, part), traced=inside)
-                    for part, child in module._modules.items()}
+        children = {
+            part: None if child is None else self.module(child, _join(path, part), traced=inside)
+            for part, child in module._modules.items()
+        }
         buffers = {**module._buffers, **extra}
         spec = ModuleSpec(
             cls=name,
@@ -114,8 +123,10 @@ class _Writer:
         if id(tensor) in self._keys:
             return self._keys[id(tensor)]
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise ModelFileError(f"cannot save {where}: it is a {type(tensor).__name__} of layout {tensor.layout}; "
-                                 "only plain dense tensors can be kept")
+            raise ModelFileError(
+                f"cannot save {where}: it is a {type(tensor).__name__} of layout {tensor.layout}; "
+                "only plain dense tensors can be kept"
+            )
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise ModelFileError(f"cannot save {where}: the tensor has hooks, which would be lost; remove them first")
         key, number = where, 1
@@ -144,8 +155,10 @@ class _Writer:
             try:
                 result[name] = values.encode(value, special)
             except NotPlainError as error:
-                raise ModelFileError(f"cannot save {where}: a value of type {error} is not plain data; remove it, or "
-                                     "save the state_dict and open that with --arch") from error
+                raise ModelFileError(
+                    f"cannot save {where}: a value of type {error} is not plain data; remove it, or "
+                    "save the state_dict and open that with --arch"
+                ) from error
         return result
 
 

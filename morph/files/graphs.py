@@ -48,8 +48,10 @@ def trace_both(module: nn.Module) -> tuple[dict[str, list[NodeSpec]], dict[str, 
         graphs[mode] = _trace(module, mode == "train", constants)
         count = len(constants)
         if _trace(module, mode == "train", constants) != graphs[mode] or len(constants) != count:
-            raise ModelFileError(f"cannot save {type(module).__name__}: its forward computes with values that change "
-                                 f"from call to call without coming from the input{_WAY_OUT}")
+            raise ModelFileError(
+                f"cannot save {type(module).__name__}: its forward computes with values that change "
+                f"from call to call without coming from the input{_WAY_OUT}"
+            )
     if graphs["train"] == graphs["eval"]:
         graphs = {"always": graphs["train"]}
     return graphs, constants
@@ -62,14 +64,17 @@ def _trace(module: nn.Module, training: bool, constants: dict[str, Tensor]) -> l
     memo: dict[int, object] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     root = copy.deepcopy(module, memo).train(training)
     if any(m.training is not training for m in root.modules()):
-        raise ModelFileError(f"cannot save {type(module).__name__}: its own train() keeps parts of it in another mode, "
-                             f"which would be lost{_WAY_OUT}")
+        raise ModelFileError(
+            f"cannot save {type(module).__name__}: its own train() keeps parts of it in another mode, "
+            f"which would be lost{_WAY_OUT}"
+        )
     try:
         graph = _Tracer().trace(root)
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"cannot save {type(module).__name__}: it is not of a known class and cannot be traced "
-                             f"({first}){_WAY_OUT}") from error
+        raise ModelFileError(
+            f"cannot save {type(module).__name__}: it is not of a known class and cannot be traced ({first}){_WAY_OUT}"
+        ) from error
     return write(graph, root, constants)
 
 
@@ -101,8 +106,9 @@ def write(graph: fx.Graph, root: nn.Module, constants: dict[str, Tensor]) -> lis
             args = [values.encode(arg, special) for arg in node.args]
             kwargs = {key: values.encode(arg, special) for key, arg in node.kwargs.items()}
         except NotPlainError as error:
-            raise ModelFileError(f"cannot save {type(root).__name__}: {node.op} {target} has an argument of type "
-                                 f"{error}{_WAY_OUT}") from error
+            raise ModelFileError(
+                f"cannot save {type(root).__name__}: {node.op} {target} has an argument of type {error}{_WAY_OUT}"
+            ) from error
         result.append(NodeSpec(node.op, node.name, target, args, kwargs))
     return result
 
@@ -115,8 +121,9 @@ def _target(node: fx.Node) -> str:
     name = names.function_name(node.target)
     if name is None:
         wanted = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
-        raise ModelFileError(f"cannot save the graph: it calls {wanted}, which is not among the functions a file may "
-                             f"name{_WAY_OUT}")
+        raise ModelFileError(
+            f"cannot save the graph: it calls {wanted}, which is not among the functions a file may name{_WAY_OUT}"
+        )
     return name
 
 
@@ -125,8 +132,9 @@ def _look_up(root: nn.Module, path: str) -> Tensor:
     for part in path.split("."):
         found = getattr(found, part)
     if not isinstance(found, Tensor):
-        raise ModelFileError(f"cannot save {type(root).__name__}: its graph reads {path}, a "
-                             f"{type(found).__name__}{_WAY_OUT}")
+        raise ModelFileError(
+            f"cannot save {type(root).__name__}: its graph reads {path}, a {type(found).__name__}{_WAY_OUT}"
+        )
     return found.detach()
 
 
@@ -207,19 +215,23 @@ def _check_call_module(node: NodeSpec, around: Surroundings) -> None:
 
 def _check_call_method(node: NodeSpec, around: Surroundings) -> None:
     if node.target not in names.METHODS or not node.args:
-        raise UnsafeFileError(f"has a graph that calls the method {node.target!r}, not among those a file may name; "
-                              "refused")
+        raise UnsafeFileError(
+            f"has a graph that calls the method {node.target!r}, not among those a file may name; refused"
+        )
 
 
 def _check_call_function(node: NodeSpec, around: Surroundings) -> None:
     if node.target == "getattr":
         name = node.args[1] if len(node.args) == 2 else None
         if not isinstance(name, str) or node.kwargs or name not in names.ATTRIBUTES:
-            raise UnsafeFileError(f"has a graph that reads the attribute {node.args[1:]!r}, not among those a file may "
-                                  f"name ({', '.join(sorted(names.ATTRIBUTES))}); refused")
+            raise UnsafeFileError(
+                f"has a graph that reads the attribute {node.args[1:]!r}, not among those a file may "
+                f"name ({', '.join(sorted(names.ATTRIBUTES))}); refused"
+            )
     elif node.target not in names.FUNCTIONS:
-        raise UnsafeFileError(f"has a graph that calls {node.target!r}, not among the functions a file may name; "
-                              "refused")
+        raise UnsafeFileError(
+            f"has a graph that calls {node.target!r}, not among the functions a file may name; refused"
+        )
 
 
 def _check_output(node: NodeSpec, around: Surroundings) -> None:

@@ -100,8 +100,10 @@ def refusal(name: str) -> UnsafeFileError:
     if not _DOTTED.fullmatch(name):
         return UnsafeFileError(f"wants {name!r}, which is not the name of a class or function; refused")
     trust = "" if _never(name) else f"--trust {name} if you trust that code, or "
-    return UnsafeFileError(f"wants {name}, which is not among the known classes; nothing was run; use {trust}"
-                           "--allow-code to run whatever the file holds")
+    return UnsafeFileError(
+        f"wants {name}, which is not among the known classes; nothing was run; use {trust}"
+        "--allow-code to run whatever the file holds"
+    )
 
 
 def _never(name: str) -> bool:
@@ -241,8 +243,11 @@ def _function(home: str, name: str) -> object:
 
 def _function_table() -> Mapping[str, Callable[[], object]]:
     """Each allowed function by its public name; looked up when it is first used, so torchvision stays unimported."""
-    return {f"{home}.{name}": functools.partial(_function, home, name)
-            for home, names in _FUNCTIONS.items() for name in names.split()}
+    return {
+        f"{home}.{name}": functools.partial(_function, home, name)
+        for home, names in _FUNCTIONS.items()
+        for name in names.split()
+    }
 
 
 FUNCTIONS = _function_table()
@@ -264,6 +269,11 @@ def function_name(value: object) -> str | None:
 def function_alias(name: str) -> str:
     """Give the public name of a function that a pickle calls by its home in torch, as ``torch._C._nn.gelu``."""
     home, _, attribute = name.rpartition(".")
-    public = {"torch._C._nn": "torch.nn.functional", "_operator": "operator", "torch.functional": "torch",
-              "torch._VF": "torch", "torch._C._VariableFunctions": "torch"}.get(home)
+    public = {
+        "torch._C._nn": "torch.nn.functional",
+        "_operator": "operator",
+        "torch.functional": "torch",
+        "torch._VF": "torch",
+        "torch._C._VariableFunctions": "torch",
+    }.get(home)
     return f"{public}.{attribute}" if f"{public}.{attribute}" in FUNCTIONS else name

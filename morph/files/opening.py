@@ -83,8 +83,10 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 def _open_file(path: Path, text: str, arch: str | None, trust: Sequence[str], allow_code: bool) -> OpenedModel:
     kind = archive.kind_of(path)
     if kind == "torchscript":
-        raise ModelFileError("is a TorchScript archive, which holds code instead of modules; save the model that it "
-                             "was made from, or its state_dict")
+        raise ModelFileError(
+            "is a TorchScript archive, which holds code instead of modules; save the model that it "
+            "was made from, or its state_dict"
+        )
     if kind == "export":
         return _open_exported(path, text, allow_code)
     try:
@@ -117,18 +119,24 @@ def _open_content(content: Any, text: str, arch: str | None, trust: Sequence[str
             raise ModelFileError("holds a model on the meta device, without values")
     if isinstance(content, nn.Module):
         return OpenedModel(content, text, "pickled module", None, None)
-    inside = f"a dictionary with the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else (
-        f"a {content.dotted if isinstance(content, pickles.StandIn) else type(content).__name__}")
+    inside = (
+        f"a dictionary with the keys {', '.join(map(str, list(content)[:5]))}"
+        if isinstance(content, dict)
+        else (f"a {content.dotted if isinstance(content, pickles.StandIn) else type(content).__name__}")
+    )
     raise ModelFileError(f"holds {inside}, not a model or a state_dict")
 
 
 def _open_weights(tensors: dict[str, torch.Tensor], text: str, arch: str | None) -> OpenedModel:
     if arch is None:
-        raise ModelFileError(f"holds a state_dict of {len(tensors)} tensors; say what it belongs to with --arch "
-                             "zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable")
+        raise ModelFileError(
+            f"holds a state_dict of {len(tensors)} tensors; say what it belongs to with --arch "
+            "zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable"
+        )
     if not archs.is_name(arch):
-        raise ModelFileError(f"--arch {arch} is not a name; write zoo:NAME, torchvision:NAME, timm:NAME or "
-                             "package.module:callable")
+        raise ModelFileError(
+            f"--arch {arch} is not a name; write zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable"
+        )
     model, _, shape = archs.build(arch)
     weights.load_weights(model, tensors, arch)
     return OpenedModel(model, text, "state_dict", arch, shape)
@@ -136,8 +144,10 @@ def _open_weights(tensors: dict[str, torch.Tensor], text: str, arch: str | None)
 
 def _open_exported(path: Path, text: str, allow_code: bool) -> OpenedModel:
     if not allow_code:
-        raise UnsafeFileError("is an exported program, whose loader can run code that the file holds; nothing was run; "
-                              "use --allow-code if you trust it")
+        raise UnsafeFileError(
+            "is an exported program, whose loader can run code that the file holds; nothing was run; "
+            "use --allow-code if you trust it"
+        )
     try:
         program = torch.export.load(path)
         model: nn.Module = program.module()

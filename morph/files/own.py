@@ -7,6 +7,7 @@ and ``record`` (text or None).
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -79,7 +80,9 @@ def save_model(
         "record": record_text,
     }
     with atomic_path(Path(path), force=force) as temporary:
-        torch.save(content, temporary)
+        written = io.BytesIO()  # torch's own writer hides a full disk behind an obscure error
+        torch.save(content, written)
+        temporary.write_bytes(written.getbuffer())
 
 
 def _check_traced(model: nn.Module, traced: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -99,11 +102,15 @@ def _check_traced(model: nn.Module, traced: nn.Module, input_shape: tuple[int, .
                 try:
                     outputs.append(tree_leaves(network.train(training)(x)))
                 except Exception as error:
-                    raise ModelFileError(f"cannot save {type(model).__name__}: it does not run on random samples of "
-                                         f"shape {list(input_shape)} ({error})") from error
+                    raise ModelFileError(
+                        f"cannot save {type(model).__name__}: it does not run on random samples of "
+                        f"shape {list(input_shape)} ({error})"
+                    ) from error
             if len(outputs[0]) != len(outputs[1]) or not all(map(_equal, *outputs)):
-                raise ModelFileError(f"cannot save {type(model).__name__}: its trace computes something else in "
-                                     f"{'training' if training else 'evaluation'} mode; save its state_dict instead")
+                raise ModelFileError(
+                    f"cannot save {type(model).__name__}: its trace computes something else in "
+                    f"{'training' if training else 'evaluation'} mode; save its state_dict instead"
+                )
 
 
 def _equal(a: object, b: object) -> bool:
@@ -143,8 +150,10 @@ def check_content(content: Mapping[str, Any]) -> None:
         ModelFileError: If one is not as written by `save_model`.
     """
     if type(content.get("version")) is not int or content["version"] > VERSION:
-        raise ModelFileError(f"is of version {content.get('version')!r} of this format; version {VERSION} is the "
-                             "newest known here; update morph")
+        raise ModelFileError(
+            f"is of version {content.get('version')!r} of this format; version {VERSION} is the "
+            "newest known here; update morph"
+        )
     for name, kind in _FIELDS.items():
         if name not in content or not isinstance(content[name], kind):
             raise ModelFileError(f"is damaged: the field {name!r} is missing or of the wrong type")
@@ -163,8 +172,9 @@ def meta(content: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, str | None
     """
     found = read_json(content["meta"], "meta")
     shape, arch = found.get("input_shape"), found.get("arch")
-    if shape is not None and not (isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-                                  and math.prod(shape) < 2**40):
+    if shape is not None and not (
+        isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) < 2**40
+    ):
         raise ModelFileError(f"is damaged: {shape!r} is not the shape of a sample")
     if arch is not None and not isinstance(arch, str):
         raise ModelFileError("is damaged: the name of the architecture is not text")

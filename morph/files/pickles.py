@@ -61,8 +61,10 @@ def describe_pickle(root: StandIn) -> tuple[Description, dict[str, Tensor]]:
 
 
 def _cannot(where: str, what: str) -> UnsafeFileError:
-    return UnsafeFileError(f"{where or 'the model'} {what}, which cannot be rebuilt safely; use --allow-code to run "
-                           "whatever the file holds")
+    return UnsafeFileError(
+        f"{where or 'the model'} {what}, which cannot be rebuilt safely; use --allow-code to run "
+        "whatever the file holds"
+    )
 
 
 class _Writer:
@@ -125,6 +127,7 @@ class _Writer:
 
     def value(self, value: object, where: str) -> Json:
         """Rewrite an attribute."""
+
         def special(item: object) -> Json:
             if isinstance(item, Tensor):
                 return {"tensor": self.tensor(item, where)}

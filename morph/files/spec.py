@@ -138,8 +138,10 @@ def _module(value: Json, where: str) -> ModuleSpec:
         buffers=_table(found["buffers"], str, f"{where}, buffers"),
         non_persistent=[_plain(v, str, f"{where}, non_persistent") for v in _list(found["non_persistent"], where)],
         children=_table(found["children"], int, f"{where}, children"),
-        graphs={mode: [_node(item, f"{where}, {mode} node {i}") for i, item in enumerate(_list(nodes, where))]
-                for mode, nodes in _object(found["graphs"], f"{where}, graphs").items()},
+        graphs={
+            mode: [_node(item, f"{where}, {mode} node {i}") for i, item in enumerate(_list(nodes, where))]
+            for mode, nodes in _object(found["graphs"], f"{where}, graphs").items()
+        },
     )
 
 

@@ -125,7 +125,10 @@ def check(value: Json, scope: Scope, where: str, depth: int = 0) -> None:
 
 def _check_tag(tag: str, content: Json, scope: Scope, where: str, depth: int) -> None:
     known: dict[str, Collection[str]] = {
-        "dtype": _DTYPES, "memory_format": _LAYOUTS, "tensor": scope.tensors, "node": scope.nodes or (),
+        "dtype": _DTYPES,
+        "memory_format": _LAYOUTS,
+        "tensor": scope.tensors,
+        "node": scope.nodes or (),
     }
     if tag in _SEQUENCES and isinstance(content, list):
         check(content, scope, where, depth)
@@ -211,8 +214,11 @@ def decode(value: Json, found: Found) -> object:
     if isinstance(content, list):
         return _decode_list(tag, content, found)
     tables: dict[str, Mapping[str, object]] = {
-        "dtype": _DTYPES, "memory_format": _LAYOUTS,
-        "tensor": found.tensors, "node": found.nodes, "global": found.globals,
+        "dtype": _DTYPES,
+        "memory_format": _LAYOUTS,
+        "tensor": found.tensors,
+        "node": found.nodes,
+        "global": found.globals,
     }
     if tag in tables:
         return tables[tag][str(content)]
@@ -220,7 +226,7 @@ def decode(value: Json, found: Found) -> object:
 
 
 def _decode_list(tag: str, content: list[Json], found: Found) -> object:
-    items: list[Any] = [decode(item, found) for item in content[tag in ("enum", "object"):]]
+    items: list[Any] = [decode(item, found) for item in content[tag in ("enum", "object") :]]
     if tag in _SEQUENCES:
         return _SEQUENCES[tag](items)
     if tag in _MAPPINGS:

@@ -20,8 +20,10 @@ def find_state_dict(content: object) -> dict[str, Tensor] | None:
         return None
     candidates: list[Any] = [content, *(content[key] for key in _NESTED if key in content)]
     for candidate in candidates:
-        if isinstance(candidate, Mapping) and candidate and all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items()
+        if (
+            isinstance(candidate, Mapping)
+            and candidate
+            and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in candidate.items())
         ):
             return _without_prefixes(dict(candidate))
     return None
@@ -29,7 +31,7 @@ def find_state_dict(content: object) -> dict[str, Tensor] | None:
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)
-    return tensors if prefix is None else _without_prefixes({key[len(prefix):]: t for key, t in tensors.items()})
+    return tensors if prefix is None else _without_prefixes({key[len(prefix) :]: t for key, t in tensors.items()})
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
@@ -42,10 +44,16 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> 
     uncounted = {key for key in own if key.endswith("num_batches_tracked")}  # absent before torch 0.4.1
     missing = [key for key in own if key not in tensors and key not in uncounted]
     extra = [key for key in tensors if key not in own]
-    other = [f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
-             for key in own if key in tensors and own[key].shape != tensors[key].shape]
-    parts = [f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
-             for found, what in ((missing, "missing"), (extra, "unknown"), (other, "of another shape")) if found]
+    other = [
+        f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
+        for key in own
+        if key in tensors and own[key].shape != tensors[key].shape
+    ]
+    parts = [
+        f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
+        for found, what in ((missing, "missing"), (extra, "unknown"), (other, "of another shape"))
+        if found
+    ]
     if parts:
         raise ModelFileError(f"does not fit {arch}, which has {len(own)} tensors: {'; '.join(parts)}")
     floating = {t.dtype for t in tensors.values() if t.is_floating_point()}

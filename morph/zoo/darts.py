@@ -102,7 +102,8 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         x = self.relu(x)
-        return self.bn(torch.cat([self.conv_even(x), self.conv_odd(x[:, :, 1:, 1:])], dim=1))
+        reduced: Tensor = self.bn(torch.cat([self.conv_even(x), self.conv_odd(x[:, :, 1:, 1:])], dim=1))
+        return reduced
 
 
 def relu_conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -15,7 +15,7 @@ from morph.block_graph import block_graph
 from morph.blocks import Cell
 from morph.dot import to_dot
 from morph.errors import PictureError
-from morph.trace import Trace, trace
+from morph.tracing import Trace, trace
 
 __all__ = ["FORMATS", "block_graph", "draw", "picture_format", "render"]
 
