@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from machine import in_turn, save
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 
 from morph.blocks import Cell, find_cells
-from morph.scores import fisher
+from morph.scores import FisherProbe
 from morph.tracing import Trace, trace
 from morph.zoo import build
 
@@ -51,7 +51,8 @@ def works(name: str) -> dict[str, Callable[[], object]]:
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
 
-    return {"plain step": plain, "fisher probe": lambda: fisher(traced, cells, [(x, y)])}
+    probe = FisherProbe(traced, cells)
+    return {"plain step": plain, "fisher probe": lambda: probe.scores([(x, y)])}
 
 
 def peak(name: str, work: str) -> float:
@@ -61,6 +62,12 @@ def peak(name: str, work: str) -> float:
         command = [sys.executable, __file__, "--one", name, "--work", what]
         measured.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     return measured[1] - measured[0]
+
+
+def high_water() -> float:
+    """Peak memory of this process in MB. What `resource` tells would include that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
 def probed_megabytes(name: str) -> float:
@@ -81,7 +88,7 @@ def main() -> None:
         work = works(args.one)
         for _ in range(2 * (args.work != "nothing")):
             work[args.work]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+        print(high_water())
         return
     results = {}
     for name in CASES:

@@ -17,7 +17,7 @@ from morph.images import LabelledImages
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
-from morph.scores import Loss, cross_entropy, fisher
+from morph.scores import FisherProbe, Loss, cross_entropy
 from morph.surgery import Result, environment, operate, promise, sizes
 from morph.tracing import Trace, trace
 
@@ -102,7 +102,7 @@ def expand(
     before = count(model, batch[0][:1])
     convs, left = _growable(traced, cells, before)
     ledger = Ledger(convs, before.params, before.macs)
-    prober = _Prober(traced, cells, batch, stream, loss, reuse_scores)
+    prober = _Prober(FisherProbe(traced, cells, loss), batch, stream, reuse=reuse_scores)
     steps = decide(ledger, policy, metric, target, fit=fit, seed=seed, probe=prober, on_step=on_step)
     plan = Plan((*ledger.edits(steps), *([Reinitialise(seed)] if reinit else [])))
     done = operate(model, plan, batch[0], verify=verify)
@@ -133,10 +133,8 @@ def expand(
 class _Prober:
     """Gives fresh scores before each step, or the first ones again; keeps the mean of all that it saw."""
 
-    def __init__(
-        self, traced: Trace, cells: Sequence[Cell], first: Batch, stream: Iterator[Batch], loss: Loss, reuse: bool
-    ) -> None:
-        self.traced, self.cells, self.loss, self.reuse = traced, cells, loss, reuse
+    def __init__(self, probe: FisherProbe, first: Batch, stream: Iterator[Batch], *, reuse: bool) -> None:
+        self.probe, self.reuse = probe, reuse
         self.batch: Batch | None = first
         self.stream = stream
         self.passes = 0
@@ -148,7 +146,7 @@ class _Prober:
             return self.latest
         batch = self.batch or next(self.stream)
         self.batch = None
-        self.latest = fisher(self.traced, self.cells, [batch], self.loss).cells()
+        self.latest = self.probe.scores([batch]).cells()
         self.passes += 1
         self.totals = {name: self.totals.get(name, 0.0) + value for name, value in self.latest.items()}
         return self.latest

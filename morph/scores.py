@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morph.blocks import Cell
@@ -59,55 +60,88 @@ class FisherScores:
         return {name: float(values.sum()) for name, values in self.channels.items()}
 
 
+class FisherProbe:
+    """A traced model with probes behind some cells, ready to score them on one batch after another.
+
+    Args:
+        trace: The traced model; its parameters' ``requires_grad`` flags are put back after every use.
+        cells: What to score.
+        loss: Maps outputs and targets to **one value per sample**, shape ``[N]``: a mean would shrink every score by
+            ``N**2``.
+    """
+
+    def __init__(self, trace: Trace, cells: Sequence[Cell], loss: Loss = cross_entropy) -> None:
+        places = [(node, cell.channel_axis) for cell in cells for node in cell.nodes]
+        self.module = insert_probes(trace.graph_module, places)
+        self.probes = probes_of(self.module)
+        self.cells, self.loss = cells, loss
+
+    def scores(self, batches: Iterable[tuple[Tensor, Tensor]]) -> FisherScores:
+        """Score each channel of each cell; see `fisher`."""
+        totals: dict[str, Tensor] = {}
+        samples = 0
+        with _frozen(self.module):
+            for inputs, targets in batches:
+                for name, gradient in self._gradients(inputs, targets).items():
+                    total = gradient.double().square().sum(0) / 2
+                    totals[name] = totals[name] + total if name in totals else total
+                samples += len(inputs)
+        if not samples:
+            raise ProbeError("there is no batch to probe with")
+        return FisherScores({name: (total / samples).cpu() for name, total in totals.items()}, samples)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The gradient ``g [N, C]`` of each cell's gates on one batch."""
+        with torch.enable_grad():
+            values = self.loss(self.module(inputs), targets)
+            _check_loss(values, len(inputs))
+            values.sum().backward()
+        found = {}
+        for cell in self.cells:
+            calls = [_gradient(self.probes[node].gradient, cell, len(inputs)) for node in cell.nodes]
+            found[cell.name] = torch.stack(calls).sum(0)
+        return found
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter of ``module`` ask for a gradient meanwhile."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def fisher(
-    trace: Trace, cells: Sequence[Cell], batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = cross_entropy
+    trace: Trace,
+    cells: Sequence[Cell],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss = cross_entropy,
 ) -> FisherScores:
     """Score each channel of each cell by the Fisher information of a gate fixed at one.
 
-    For the activation ``A [N, C, *positions]`` at the end of a cell and its gradient, ``g[n, c] = sum over positions of
-    A * dL_n/dA``, and the score of channel ``c`` is ``1/2 mean_n g[n, c]**2``: an estimate of the rise of the loss if
-    the channel were removed (Theis et al. 2018; Whettam 2020, Eq. 2.6, where the activation factor is left unwritten).
-    A cell that is called several times adds its terms before squaring. The weights are frozen during the probe: only
-    activations get gradients. The graph runs in evaluation mode, so samples do not see each other and the score does
-    not depend on how they are split into batches.
+    For the activation ``A [N, C, *positions]`` at the end of a cell and its gradient,
+    ``g[n, c] = sum over positions of A * dL_n/dA``, and the score of channel ``c`` is ``1/2 mean_n g[n, c]**2``: an
+    estimate of the rise of the loss if the channel were removed (Theis et al. 2018; Whettam 2020, Eq. 2.6, where the
+    activation factor is left unwritten). A cell that is called several times adds its terms before squaring. The
+    weights are frozen during the probe: only activations get gradients. The graph runs in evaluation mode, so samples
+    do not see each other and the score does not depend on how they are split into batches.
 
     Args:
         trace: The traced model; its parameters' ``requires_grad`` flags are put back afterwards.
         cells: What to score.
         batches: ``(inputs, targets)`` pairs. One batch is a usable probe; ranks settle with more.
-        loss: Maps outputs and targets to **one value per sample**, shape ``[N]``: a mean would shrink every score by
-            ``N**2``.
+        loss: As for `FisherProbe`.
 
     Raises:
         ProbeError: If ``loss`` does not give one finite value per sample, a cell receives no gradient, or there is no
             batch.
     """
-    module = insert_probes(trace.graph_module, [(node, cell.channel_axis) for cell in cells for node in cell.nodes])
-    probes = probes_of(module)
-    totals: dict[str, Tensor] = {}
-    samples = 0
-    frozen = [p for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for inputs, targets in batches:
-            with torch.enable_grad():
-                values = loss(module(inputs), targets)
-                _check_loss(values, len(inputs))
-                values.sum().backward()
-            for cell in cells:
-                gradient = torch.stack(
-                    [_gradient(probes[node].gradient, cell, len(inputs)) for node in cell.nodes]
-                ).sum(0)
-                total = gradient.double().square().sum(0) / 2
-                totals[cell.name] = totals[cell.name] + total if cell.name in totals else total
-            samples += len(inputs)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    if not samples:
-        raise ProbeError("there is no batch to probe with")
-    return FisherScores({name: (total / samples).cpu() for name, total in totals.items()}, samples)
+    return FisherProbe(trace, cells, loss).scores(batches)
 
 
 def _check_loss(values: Tensor, samples: int) -> None:
