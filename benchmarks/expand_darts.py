@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 from machine import in_turn, save
@@ -36,7 +37,7 @@ def plain_step() -> float:
     return in_turn({"plain": lambda: F.cross_entropy(model(x), y).backward()}, 5)["plain"]["seconds"]
 
 
-def run(flags: list[str]) -> dict[str, object]:
+def run(flags: list[str]) -> dict[str, Any]:
     """One expansion by the command line."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -78,13 +79,12 @@ def run(flags: list[str]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure, print and save."""
+    """Measure, print and save. The plain step comes last, so that it does not swell the peak memory of children."""
+    results = {name: run(flags) for name, flags in POLICIES.items()}
     step = plain_step()
-    results: dict[str, object] = {}
-    for name, flags in POLICIES.items():
-        results[name] = run(flags)
-        results[name]["plain_steps"] = results[name]["seconds"] / step
-        print(name, json.dumps(results[name]), flush=True)
+    for name, result in results.items():
+        result["plain_steps"] = result["seconds"] / step
+        print(name, json.dumps(result), flush=True)
     print(save("expand_darts", {"plain_step_seconds": step, "policies": results}))
 
 
