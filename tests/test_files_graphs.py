@@ -10,6 +10,7 @@ from files_support import assert_same_model, outputs, randomised, round_trip, sa
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from morph.errors import ModelFileError
 from morph.files import graphs, open_model, save_model
@@ -110,7 +111,7 @@ def test_graph_modules_are_kept_as_they_stand(tmp_path):
 
 
 def test_torchvisions_feature_extractor_keeps_both_graphs(tmp_path):
-    features = torchvision.models.feature_extraction.create_feature_extractor
+    features = create_feature_extractor
     model = randomised(features(nn.Sequential(nn.Conv2d(3, 5, 1), nn.Dropout(0.5)), {"0": "a", "1": "b"}))
     other = round_trip(model, tmp_path)
     x = torch.randn(2, 3, 4, 4)
