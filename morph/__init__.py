@@ -9,7 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from morph.analysis import Analysis as Analysis
+    from morph.analysis import analyse as analyse
     from morph.counts import count as count
+    from morph.couplings import Coupling as Coupling
+    from morph.deepening import deepen as deepen
     from morph.drawing import draw as draw
     from morph.expansion import expand as expand
     from morph.files import open_model as open_model
@@ -17,11 +21,21 @@ if TYPE_CHECKING:
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
     from morph.plan import load_plan as load_plan
+    from morph.pruning import prune as prune
+    from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
     from morph.tracing import trace as trace
+    from morph.widening import widen as widen
 
 _HOMES = {
+    "analyse": "morph.analysis",
+    "Analysis": "morph.analysis",
+    "prune": "morph.pruning",
+    "widen": "morph.widening",
+    "deepen": "morph.deepening",
+    "substitute": "morph.substitution",
+    "Coupling": "morph.couplings",
     "count": "morph.counts",
     "draw": "morph.drawing",
     "expand": "morph.expansion",

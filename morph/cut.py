@@ -3,33 +3,76 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import EditError, PlanMismatchError
+from morph.graphs import graph_of, set_constants
+from morph.passes.cheap_blocks import install_block
+from morph.passes.insertion import insert_copies
 from morph.passes.regroup import regroup
-from morph.plan import Plan, Regroup
+from morph.plan import (
+    Deepen,
+    Plan,
+    Regroup,
+    Reinitialise,
+    Resize,
+    SetAttribute,
+    SetConstant,
+    SplitAt,
+    Substitute,
+    UseGraph,
+)
+from morph.resizing import resized, set_attributes
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of ``model`` with the edits of ``plan`` applied; of the same class, with the same parameter names.
+    """Return a copy of ``model`` with the edits of ``plan`` applied.
+
+    It is of the same class, with the same parameter names, unless the plan goes on with the traced graph.
 
     Raises:
         PlanMismatchError: If the plan was made for another model; every mismatch is counted, the first are named.
         EditError: If an edit cannot be exact on these weights.
+        TraceError: If the plan needs the traced graph and there is none.
     """
     _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
-    grown = copy.deepcopy(model)
-    for edit in plan.edits:
+    grown = model
+    for kind, some in itertools.groupby(plan.edits, type):
+        edits: list[Any] = list(some)
+        if kind is Resize:
+            grown = resized(grown, edits)
+        elif kind is UseGraph:
+            grown = graph_of(grown)
+        else:
+            grown = copy.deepcopy(model) if grown is model else grown
+            _apply(grown, kind, edits)
+    return copy.deepcopy(model) if grown is model else grown
+
+
+def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
+    """Apply edits of one kind, in place."""
+    if kind is SetAttribute:
+        set_attributes(grown, edits)
+    elif kind in (SetConstant, SplitAt):
+        set_constants(grown, edits)
+    for edit in edits:
         if isinstance(edit, Regroup):
             conv = grown.get_submodule(edit.module)
             assert isinstance(conv, _ConvNd)
             regroup(conv, edit.to)
-        else:
+        elif isinstance(edit, Deepen):
+            insert_copies(
+                grown, edit.container, edit.blocks, edit.copies, edit.zeroed, length=edit.length, params=edit.params
+            )
+        elif isinstance(edit, Substitute):
+            install_block(grown, edit.module, edit.choice, edit.shape, edit.seed)
+        elif isinstance(edit, Reinitialise):
             reinitialise(grown, edit.seed)
-    return grown
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:

@@ -29,6 +29,10 @@ class TraceError(MorphError):
     """The model cannot be traced, or does not accept the example inputs; names the line of the user's code."""
 
 
+class AnalysisError(MorphError):
+    """An operator does not fit its rule, or a rule is not one."""
+
+
 class CountError(MorphError):
     """Parameters or multiply-adds could not be counted."""
 
@@ -39,6 +43,10 @@ class PictureError(MorphError):
 
 class ProbeError(MorphError):
     """A Fisher probe received no gradient, or the loss is not one finite value per sample."""
+
+
+class ScoreError(MorphError):
+    """A score is unknown, needs data, or is not one finite number for each unit."""
 
 
 class NothingToGrowError(MorphError):

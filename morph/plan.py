@@ -43,8 +43,137 @@ class Reinitialise:
     seed: int
 
 
-Edit = Regroup | Reinitialise
-_KINDS: dict[str, type[Edit]] = {"regroup": Regroup, "reinitialise": Reinitialise}
+@dataclass(frozen=True)
+class Resize:
+    """Keep, drop or copy positions along one axis of one parameter or buffer.
+
+    Attributes:
+        tensor: Its name in the state_dict.
+        axis: The axis.
+        size: Length of that axis before, by which a plan knows its model.
+        index: For each position afterwards, the position that it comes from. A position that is missing was dropped,
+            one that comes several times was copied.
+        scale: Factor for each position afterwards; empty if all are one. Where the sum over the copies must stay as it
+            was (a reader's columns), it is one over the number of copies.
+    """
+
+    tensor: str
+    axis: int
+    size: int
+    index: tuple[int, ...]
+    scale: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SetAttribute:
+    """Give a module another size in one of its attributes, such as ``groups`` or ``num_heads``.
+
+    Attributes:
+        module: Path of the module.
+        attribute: Name of the attribute.
+        value: What it was, by which a plan knows its model.
+        new: What it becomes.
+    """
+
+    module: str
+    attribute: str
+    value: int | tuple[int, ...]
+    new: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Deepen:
+    """Insert copies of blocks into a chain of modules, with some tensors zero so that they hand on their input.
+
+    Names are those of the model at the time of the edit, so the edits of a plan go from the last block to the first.
+
+    Attributes:
+        container: Path of the ``Sequential`` or ``ModuleList``.
+        blocks: Names of neighbouring children of it; their copies go behind the last of them.
+        copies: How many copies of all of them.
+        zeroed: Parameters that are zero in each copy, named from the container on: ``1.bn2.weight``.
+        length: Number of children of the container before, and
+        params: elements of the parameters of the blocks, by which a plan knows its model.
+    """
+
+    container: str
+    blocks: tuple[str, ...]
+    copies: int
+    zeroed: tuple[str, ...]
+    length: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Put a cheap block in the place of a convolution; its weights are drawn afresh, so the function is lost.
+
+    Attributes:
+        module: Path of the convolution.
+        choice: The block; see `morph.passes.cheap_blocks`.
+        shape: Shape of the convolution's weight, by which a plan knows its model.
+        seed: Seed of the draw.
+    """
+
+    module: str
+    choice: str
+    shape: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class UseGraph:
+    """Go on with the model's traced graph in place of its own class, because its code has fixed sizes in it.
+
+    Attributes:
+        front: How the graph is made: ``symbolic``.
+    """
+
+    front: str
+
+
+@dataclass(frozen=True)
+class SetConstant:
+    """Give a node of the traced graph another constant.
+
+    Attributes:
+        node: Name of the node.
+        slot: Where among its arguments, e.g. ``args.1.0`` or ``kwargs.groups``.
+        number: The constant afterwards.
+    """
+
+    node: str
+    slot: str
+    number: float
+
+
+@dataclass(frozen=True)
+class SplitAt:
+    """Let a node of the traced graph that splits an axis evenly split it into parts of these sizes.
+
+    Attributes:
+        node: Name of the node.
+        axis: The axis.
+        sizes: Length of each part.
+    """
+
+    node: str
+    axis: int
+    sizes: tuple[int, ...]
+
+
+Edit = Regroup | Reinitialise | Resize | Deepen | Substitute | SetAttribute | UseGraph | SetConstant | SplitAt
+_KINDS: dict[str, type[Edit]] = {
+    "regroup": Regroup,
+    "reinitialise": Reinitialise,
+    "resize": Resize,
+    "deepen": Deepen,
+    "substitute": Substitute,
+    "setattribute": SetAttribute,
+    "usegraph": UseGraph,
+    "setconstant": SetConstant,
+    "splitat": SplitAt,
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +188,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(edit for edit in self.edits if not isinstance(edit, Reinitialise)))
+        return Plan(tuple(edit for edit in self.edits if not isinstance(edit, Reinitialise | Substitute)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -97,6 +226,26 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "to": _whole,
     "seed": _whole,
     "shape": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "tensor": lambda value: isinstance(value, str),
+    "axis": _whole,
+    "size": _whole,
+    "index": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "scale": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
+    "attribute": lambda value: isinstance(value, str) and value.isidentifier(),
+    "value": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
+    "new": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
+    "front": lambda value: value == "symbolic",
+    "node": lambda value: isinstance(value, str),
+    "slot": lambda value: isinstance(value, str) and value.startswith(("args.", "kwargs.")),
+    "number": lambda value: isinstance(value, float | int) and not isinstance(value, bool),
+    "sizes": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "choice": lambda value: isinstance(value, str),
+    "container": lambda value: isinstance(value, str),
+    "blocks": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "copies": _whole,
+    "zeroed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "length": _whole,
+    "params": _whole,
 }
 
 
@@ -192,4 +341,9 @@ def load_plan(path: Path) -> Plan:
         raise PlanMismatchError(f"{path}: not a record: it has no plan")
     if value.get("schema") != SCHEMA:
         raise PlanMismatchError(f"{path}: a record of schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    if value.get("weight_preserving") is False and not value["plan"]:
+        raise PlanMismatchError(
+            f"{path}: has nothing to replay: its network was built afresh as {value.get('architecture')}, seed "
+            f"{value.get('seed')}"
+        )
     return Plan.from_json(value["plan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import TraceError
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
 
 @dataclass(frozen=True)
@@ -141,22 +142,35 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
     try_inputs(root, inputs)
+    module, found = _traced(root)
+    runner = _Shapes(module)
+    with torch.no_grad():
+        runner.run(*inputs)
+    outputs = {path: tuple(names) for path, names in found.items()}
+    return Trace(root, module, outputs, runner.shapes, inputs)
+
+
+def trace_graph(root: nn.Module) -> fx.GraphModule:
+    """The symbolic graph of ``root``, whose modules it shares.
+
+    Raises:
+        TraceError: If it cannot be traced; names the line of the user's code.
+    """
+    return _traced(root)[0]
+
+
+def _traced(root: nn.Module) -> tuple[fx.GraphModule, dict[str, list[str]]]:
     tracer = _Tracer()
     try:
         graph = tracer.trace(root)
     except Exception as error:
         where = place_of(error)
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: {_first_line(error)}"
+            f"{type(root).__name__} cannot be traced: {_first_line(error)}"
             + (f" (at {where})" if where else "")
             + "; control flow must not depend on the values of tensors: rewrite that line or wrap it with torch.fx.wrap"
         ) from error
-    module = fx.GraphModule(root, graph, type(model).__name__)
-    runner = _Shapes(module)
-    with torch.no_grad():
-        runner.run(*inputs)
-    outputs = {path: tuple(names) for path, names in tracer.outputs.items()}
-    return Trace(root, module, outputs, runner.shapes, inputs)
+    return fx.GraphModule(root, graph, type(root).__name__), tracer.outputs
 
 
 def _first_line(error: BaseException) -> str:

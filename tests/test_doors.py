@@ -26,16 +26,42 @@ ORDER = [
     "tracing",
     "blocks",
     "passes",
+    "couplings",
     "plan",
     "scores",
     "twins",
+    "trials",
+    "residuals",
+    "renaming",
     "count_rules",
     "counts",
     "policies",
+    "depth_policies",
+    "configurations",
+    "analysis",
+    "tensor_edits",
+    "lineages",
+    "graphs",
+    "resizing",
     "cut",
+    "checkpoints",
     "verify",
+    "zeroing",
+    "fitting",
+    "graph_fitting",
+    "carriers",
+    "removal",
+    "copies",
+    "unit_scores",
+    "selection",
     "surgery",
+    "states",
+    "pruning",
+    "widening",
+    "depth_scaling",
+    "deepening",
     "expansion",
+    "substitution",
     "report",
     "picture",
     "block_graph",
@@ -83,7 +109,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("[] ['Plan', 'Record', 'Result', 'count'")
+    assert out.startswith("[] ['Analysis', 'Coupling', 'Plan', 'Record', 'Result', 'analyse'")
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():

@@ -1,0 +1,197 @@
+"""Which channels of a model hang together, exactly: `analyse` and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from morph.analysis.atoms import Labels
+from morph.analysis.grouping import group_units, list_frozen
+from morph.analysis.propagation import Propagation, propagate
+from morph.analysis.recorder import record
+from morph.analysis.recording import How, Inputs, Recording, Value
+from morph.analysis.rules import RULES
+from morph.analysis.tags import operator_name
+from morph.analysis.units import Axis, Units, distinct_axes, find_units
+from morph.couplings import Choice, Coupling, Frozen, Positions
+from morph.errors import AnalysisError
+from morph.plan import Plan, Resize
+
+__all__ = ["Analysis", "Sizes", "analyse"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is, or would be.
+
+    Attributes:
+        params: Number of parameters.
+        macs: Multiply-adds of the whole batch that was analysed (1 multiply-add = 1).
+    """
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What hangs together in a model, on the inputs that it was run with.
+
+    Attributes:
+        couplings: Everything that can be removed, copied or gated, by name.
+        frozen: What must stay, and why, the largest first.
+        unknown: Operators without a rule, with how often they pinned something.
+        traced: Whether the run had shapes only, or data.
+        state: The labels behind all this.
+        units: The units behind the couplings.
+        numbers: For each coupling, the numbers of its units in ``units``.
+        parameters: Names of the parameters; all other tensors are buffers.
+        axes: One of each different axis of all tensors that has something free.
+    """
+
+    couplings: Mapping[str, Coupling]
+    frozen: tuple[Frozen, ...]
+    unknown: Mapping[str, int]
+    traced: How
+    state: Propagation
+    units: Units
+    numbers: Mapping[str, Positions]
+    parameters: frozenset[str]
+    axes: tuple[Axis, ...]
+
+    @property
+    def recording(self) -> Recording:
+        """The run behind the analysis."""
+        return self.state.recording
+
+    def free(self) -> float:
+        """Share of all parameters that lie on at least one unit."""
+        held = np.unique(self.units.atom)
+        free = total = 0
+        for name, value in self.recording.sources.items():
+            if name in self.parameters and 0 not in value.shape:
+                size = int(np.prod(value.shape))
+                kept = np.prod([int((~np.isin(r, held)).sum()) for r in self.roots(value)] or [size])
+                total, free = total + size, free + size - int(kept)
+        return free / total if total else 0.0
+
+    def roots(self, value: Value) -> list[Labels]:
+        """The final labels of each axis of a tensor."""
+        return [self.state.atoms.find(labels) for labels in self.state.tag(value).axes]
+
+    def times(self, choice: Choice, factor: int = 0) -> Labels:
+        """For each label how many of it there will be: ``factor`` for those of the chosen units, 1 for the rest.
+
+        Raises:
+            AnalysisError: If a coupling or unit does not exist.
+        """
+        chosen = np.zeros(self.units.count, bool)
+        for name, numbers in choice.items():
+            if name not in self.couplings:
+                raise AnalysisError(f"no coupling {name!r}; the analysis has {len(self.couplings)}, see `couplings`")
+            if len(numbers) and not 0 <= int(np.max(numbers)) < self.couplings[name].units:
+                raise AnalysisError(f"{name} has {self.couplings[name].units} units, got number {int(np.max(numbers))}")
+            chosen[self.numbers[name][np.asarray(numbers, np.int64)]] = True
+        times = np.ones(self.state.atoms.count, np.int64)
+        times[self.units.atom[chosen[self.units.unit]]] = factor
+        return times[self.state.atoms.roots()]
+
+    def emptied(self, choice: Choice) -> list[Axis]:
+        """Axes of tensors that would lose their last position."""
+        times = self.times(choice)
+        return [axis for axis in self.axes if not times[axis.roots].any()]
+
+    def sizes(self, choice: Choice | None = None) -> Sizes:
+        """Parameters and multiply-adds after dropping ``choice``; as it is without one."""
+        return count_sizes(self, self.times(choice or {}))
+
+    def cut(self, choice: Choice) -> Plan:
+        """The edits that drop ``choice``.
+
+        Raises:
+            AnalysisError: If a coupling or unit does not exist, or if an axis would lose its last position.
+        """
+        if empty := self.emptied(choice):
+            raise AnalysisError(
+                f"{len(empty)} axes would lose their last position (the first has {len(empty[0].roots)}); drop less"
+            )
+        times = self.times(choice)
+        edits = []
+        for name, value in self.recording.sources.items():
+            for axis, labels in enumerate(self.state.tag(value).axes):
+                kept = np.flatnonzero(times[labels])
+                if len(kept) < len(labels):
+                    edits.append(Resize(name, axis, len(labels), tuple(kept.tolist())))
+        return Plan(tuple(edits))
+
+
+def analyse(model: nn.Module, inputs: Inputs) -> Analysis:
+    """Find what hangs together in ``model``.
+
+    The model is run once in evaluation mode, with shapes only (nothing is computed, weights are not looked at), and
+    every operator that it calls is followed; with data only where its control flow asks for values.
+
+    Args:
+        model: Any module; not touched. It may live on the meta device.
+        inputs: A tensor, a tuple of positional arguments, or a mapping of named arguments. A batch of two or more
+            tells the batch axis from an axis of one position.
+
+    Raises:
+        TraceError: If the model does not accept the inputs; names the user's line.
+        AnalysisError: If a rule does not fit its operator.
+    """
+    recording = record(model, inputs)
+    state = propagate(recording, RULES)
+    parameters = frozenset(name for name, _ in model.named_parameters())
+    axes = [
+        Axis(value, a, state.atoms.find(labels))
+        for value in recording.sources.values()
+        for a, labels in enumerate(state.tag(value).axes)
+        if len(labels) > 1
+    ]
+    axes = [a for a in axes if a.roots.any()]
+    everywhere = tuple(distinct_axes(state))
+    units = find_units(state, axes, everywhere)
+    couplings, numbers = group_units(state, units, axes, parameters)
+    return Analysis(
+        couplings=couplings,
+        frozen=tuple(list_frozen(state)),
+        unknown=dict(state.unknown),
+        traced=recording.traced,
+        state=state,
+        units=units,
+        numbers=numbers,
+        parameters=parameters,
+        axes=everywhere,
+    )
+
+
+def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
+    """Parameters and multiply-adds when each label is there ``times`` times."""
+    state = analysis.state
+
+    def new(value: Value) -> list[int]:
+        return [int(times[labels].sum()) if len(labels) > 1 else len(labels) for labels in state.tag(value).axes]
+
+    params = sum(
+        int(np.prod(new(value), dtype=np.int64))
+        for name, value in analysis.recording.sources.items()
+        if name in analysis.parameters
+    )
+    macs = 0
+    for entry in state.sums:
+        call = analysis.recording.calls[entry.call]
+        name = operator_name(call.target)
+        if len(entry.operands) < 2 or not isinstance(call.output, Value):
+            continue
+        weight, axis = entry.operands[1]
+        if "convolution" in name:
+            transposed = bool(call.args[6])
+            base = new(entry.operands[0][0] if transposed else call.output)
+            macs += int(np.prod(base, dtype=np.int64)) * int(np.prod(new(weight)[1:], dtype=np.int64))
+        else:
+            macs += int(np.prod(new(call.output), dtype=np.int64)) * new(weight)[axis]
+    return Sizes(params, macs)

@@ -1,0 +1,156 @@
+"""Group units into couplings, and say why the rest must stay."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from morph.analysis.atoms import Labels
+from morph.analysis.contractions import KERNEL
+from morph.analysis.propagation import Propagation
+from morph.analysis.tags import operator_name
+from morph.analysis.units import Axis, Units
+from morph.couplings import Coupling, Frozen, Place, Positions, Reader
+
+
+def group_units(
+    state: Propagation, units: Units, axes: list[Axis], parameters: frozenset[str]
+) -> tuple[dict[str, Coupling], dict[str, Positions]]:
+    """Group units that take the same number of positions on the same axes of the same tensors."""
+    held = [units.on(axis.roots) for axis in axes]
+    marks = np.zeros(units.count, np.int64)
+    random = np.random.default_rng(0).integers(1, 2**62, len(axes))
+    with np.errstate(over="ignore"):
+        for (unit, _), mark in zip(held, random, strict=True):
+            np.add.at(marks, unit, mark)
+    _, first, kind = np.unique(marks, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    couplings: dict[str, Coupling] = {}
+    numbers: dict[str, Positions] = {}
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    members: list[list[Place]] = [[] for _ in order]
+    own = [np.zeros(0, np.int64)] * len(order)
+    for k in range(len(order)):
+        own[k] = np.flatnonzero(rank[kind] == k)
+    for axis, (unit, position) in zip(axes, held, strict=True):
+        if not len(unit):
+            continue
+        for k in np.unique(rank[kind[unit]]).tolist():
+            here = rank[kind[unit]] == k
+            table = _table(unit[here], position[here], len(own[k]))
+            members[k].append(Place(axis.value.source, axis.axis, table))
+    readers = _readers(state, units, rank[kind], own)
+    statistics = _statistics(state, units, rank[kind])
+    for k in range(len(order)):
+        places = sorted(members[k], key=lambda p: (p.axis != 0, p.tensor not in parameters))
+        if not places:
+            continue
+        name = f"{places[0].tensor}[{places[0].axis}]"
+        name = name if name not in couplings else f"{name}#{sum(n.startswith(name) for n in couplings)}"
+        couplings[name] = Coupling(
+            name=name,
+            units=len(own[k]),
+            places=tuple(places),
+            readers=tuple(readers.get(k, ())),
+            statistics=tuple(statistics.get(k, ())),
+            overlaps=(),
+            blocks=1,
+        )
+        numbers[name] = own[k]
+    return _with_overlaps(couplings, numbers, units), numbers
+
+
+def _table(unit: Labels, position: Labels, count: int) -> Positions:
+    """Positions of each unit, a row for each, in the order of the units' numbers."""
+    order = np.lexsort((position, unit))
+    return position[order].reshape(count, -1)
+
+
+def _readers(state: Propagation, units: Units, kind: Labels, own: list[Positions]) -> dict[int, list[Reader]]:
+    """The modules that sum over the units of each coupling, from the sums whose second operand is a parameter."""
+    found: dict[int, list[Reader]] = collections.defaultdict(list)
+    seen: set[tuple[int, str, int]] = set()
+    for entry in state.sums:
+        call = state.recording.calls[entry.call]
+        if len(entry.operands) < 2:
+            continue
+        value, axis = entry.operands[0]
+        labels = state.tag(value).axes[axis]
+        unit, position = units.on(state.atoms.find(labels))
+        for k in np.unique(kind[unit]).tolist():
+            here = kind[unit] == k
+            if (k, call.module, axis) in seen or here.sum() % len(own[k]):
+                continue
+            seen.add((k, call.module, axis))
+            axis_here = axis if "convolution" in operator_name(call.target) else -1
+            found[k].append(Reader(call.module, axis_here, _table(unit[here], position[here], len(own[k]))))
+    return found
+
+
+def _statistics(state: Propagation, units: Units, kind: Labels) -> dict[int, list[str]]:
+    """The statistics that run over the units of each coupling."""
+    found: dict[int, dict[str, None]] = collections.defaultdict(dict)
+    for entry in state.statistics:
+        call = state.recording.calls[entry.call]
+        text = f"{entry.kind} at {call.where}" if call.where else entry.kind
+        for labels in entry.labels:
+            unit, _ = units.on(state.atoms.find(labels))
+            for k in np.unique(kind[unit]).tolist():
+                found[k][text] = None
+    return {k: list(texts) for k, texts in found.items()}
+
+
+def _with_overlaps(
+    couplings: dict[str, Coupling], numbers: Mapping[str, Positions], units: Units
+) -> dict[str, Coupling]:
+    """Fill in which couplings share labels, and in how many blocks each unit of the inner one has a position."""
+    owner: list[str] = [""] * units.count
+    for name, own in numbers.items():
+        for number in own.tolist():
+            owner[number] = name
+    shared: dict[str, dict[str, None]] = {name: {} for name in couplings}
+    blocks = dict.fromkeys(couplings, 1)
+    _, first, times = np.unique(units.atom, return_index=True, return_counts=True)
+    for start, count in zip(first[times > 1].tolist(), times[times > 1].tolist(), strict=True):
+        names = sorted({owner[u] for u in units.unit[start : start + count].tolist()} - {""})
+        for one, other in itertools.combinations(names, 2):
+            if other not in shared[one]:
+                shared[one][other] = shared[other][one] = None
+                _note_blocks(couplings[one], couplings[other], blocks)
+    return {
+        name: dataclasses.replace(c, overlaps=tuple(shared[name]), blocks=blocks[name]) for name, c in couplings.items()
+    }
+
+
+def _note_blocks(one: Coupling, other: Coupling, blocks: dict[str, int]) -> None:
+    """Of two couplings that share positions, the one with the shorter runs lies inside the blocks of the other."""
+    theirs = {(p.tensor, p.axis): p.positions[0] for p in other.places}
+    pair = next(((p.positions[0], theirs[p.tensor, p.axis]) for p in one.places if (p.tensor, p.axis) in theirs), None)
+    if pair is None:
+        return
+    lengths = [len(row) / (1 + int((np.diff(row) != 1).sum())) for row in pair]
+    if lengths[0] != lengths[1]:
+        inner, outer = (one, other) if lengths[0] < lengths[1] else (other, one)
+        blocks[inner.name] = max(blocks[inner.name], outer.units)
+
+
+def list_frozen(state: Propagation) -> list[Frozen]:
+    """Why parameters are pinned: each reason with how many of their positions it pinned first."""
+    on_parameters = np.zeros(state.atoms.count, np.int64)
+    for value in state.recording.sources.values():
+        for labels in state.tag(value).axes:
+            np.add.at(on_parameters, labels[labels != 0], 1)
+    found: dict[tuple[str, str, str], int] = collections.defaultdict(int)
+    for pin in state.pins:
+        if pin.reason == KERNEL:
+            continue
+        call = state.recording.calls[pin.call] if 0 <= pin.call < len(state.recording.calls) else None
+        key = (pin.reason, call.where if call else "", call.module if call else "")
+        found[key] += int(on_parameters[pin.labels].sum())
+    rows = [Frozen(*key, positions) for key, positions in found.items() if positions]
+    return sorted(rows, key=lambda f: -f.positions)

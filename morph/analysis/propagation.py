@@ -1,0 +1,287 @@
+"""Carry the labels of channel positions through a recorded run: one rule for each operator."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from morph.analysis.atoms import Atoms, Labels
+from morph.analysis.recording import Call, Recording, Value
+from morph.analysis.relations import Key, Relation, Reshaper
+from morph.analysis.tags import Pin, Statistic, Sum, Tag, operator_name, tags_in, values_in
+from morph.errors import AnalysisError
+
+Rule = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Propagation:
+    """The labels of every tensor of a recording, and what was noticed on the way. Rules work on this."""
+
+    recording: Recording
+    frozen_before: Mapping[tuple[int, Key], Labels] = field(default_factory=dict)
+    atoms: Atoms = field(default_factory=Atoms)
+    tags: dict[int, Tag] = field(default_factory=dict)
+    sums: list[Sum] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    unknown: collections.Counter[str] = field(default_factory=collections.Counter)
+    fresh_labels: dict[tuple[int, Key], Labels] = field(default_factory=dict)
+    groups: dict[int, Labels] = field(default_factory=dict)
+    number: int = -1
+
+    def __post_init__(self) -> None:
+        self.reshaper = Reshaper(self.atoms, self.fresh, self.freeze)
+
+    @property
+    def relations(self) -> list[Relation]:
+        """What reshapes said."""
+        return self.reshaper.relations
+
+    @property
+    def call(self) -> Call:
+        """The call at hand."""
+        return self.recording.calls[self.number]
+
+    # ---- labels
+
+    def fresh(self, n: int, key: Key = ()) -> Labels:
+        """``n`` new labels, zero where an earlier pass found them frozen."""
+        if n == 1:
+            return np.zeros(1, np.int64)
+        labels = self.atoms.new(n)
+        self.fresh_labels[self.number, key] = labels
+        frozen = self.frozen_before.get((self.number, key))
+        return labels if frozen is None or len(frozen) != n else np.where(frozen, 0, labels)
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """Pin labels and remember why."""
+        roots = np.unique(self.atoms.find(labels))
+        free = roots[roots != 0]
+        if len(free):
+            self.pins.append(Pin(self.number, reason, free))
+            self.atoms.union(free, 0)
+
+    def freeze_all(self, tree: Any, reason: str) -> None:
+        """Pin every label of every tensor in ``tree``."""
+        for tag in tags_in(tree):
+            for axis in tag.axes:
+                self.freeze(axis, reason)
+
+    def same(self, left: Labels, right: Labels) -> None:
+        """Make two axes one; an axis of one position is broadcast and says nothing."""
+        if len(left) == 1 or len(right) == 1:
+            return
+        if len(left) != len(right):
+            raise AnalysisError(f"{self.name}: axes of {len(left)} and {len(right)} positions cannot be one")
+        self.atoms.union(left, right)
+
+    # ---- the vocabulary of rules
+
+    @property
+    def name(self) -> str:
+        """The operator at hand, for messages."""
+        return operator_name(self.call.target) if self.number >= 0 else "input"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the (first) output of the call at hand."""
+        output = self.call.output
+        first = output if isinstance(output, Value) else next(v for v in output if isinstance(v, Value))
+        return first.shape
+
+    @property
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """Shape of each output of the call at hand."""
+        output = self.call.output
+        items = output if isinstance(output, list | tuple) else [output]
+        return [v.shape if isinstance(v, Value) else None for v in items]
+
+    def value(self, position: int) -> Value:
+        """The value that came in as argument number ``position``."""
+        found = self.call.args[position]
+        assert isinstance(found, Value)
+        return found
+
+    def tag(self, value: Value) -> Tag:
+        """The labels of a value; those of a constant from outside are frozen."""
+        if value.number not in self.tags:
+            self.tags[value.number] = self.frozen(value.shape)
+        return self.tags[value.number]
+
+    def frozen(self, shape: Sequence[int]) -> Tag:
+        """A tensor none of whose positions can go."""
+        return Tag(tuple(np.zeros(n, np.int64) for n in shape))
+
+    def pointwise(self, *tags: Tag) -> Tag:
+        """Position i of the output depends on position i of each input alone."""
+        axes = []
+        for back in range(max(len(t.axes) for t in tags), 0, -1):
+            column = [t.axes[-back] for t in tags if len(t.axes) >= back and len(t.axes[-back]) != 1]
+            for other in column[1:]:
+                self.same(column[0], other)
+            axes.append(column[0] if column else np.zeros(1, np.int64))
+        return Tag(tuple(axes))
+
+    def reshape(self, tag: Tag, shape: Sequence[int], key: Key = ()) -> Tag:
+        """The same elements in another shape."""
+        self.reshaper.call = self.number
+        return Tag(tuple(self.reshaper.reshape(tag.axes, shape, key)))
+
+    def sum_over(self, *operands: tuple[Value, int]) -> None:
+        """Remember that the call sums over these axes."""
+        self.sums.append(Sum(self.number, operands))
+
+    def statistic(self, value: Value, axes: Sequence[int], labels: Sequence[Labels] | None = None) -> None:
+        """Remember that the call computes a statistic over these axes, or over these labels of them."""
+        own = [self.tag(value).axes[a] for a in axes] if labels is None else labels
+        self.statistics.append(Statistic(self.number, self.name, value, tuple(axes), tuple(own)))
+
+    def signature(self, notation: str, *operands: Value | None) -> Tag:
+        """Labels by notation, e.g. ``"... k, n k, n -> ... n"`` for a linear layer.
+
+        A letter that comes twice is one axis; a letter that does not come out is summed over. ``...`` stands for any
+        axes, kept; ``*`` at the end for axes that are pinned and come out frozen.
+
+        Args:
+            notation: One term for each operand, an arrow, and the term of the output.
+            operands: Values; None for one that is absent.
+        """
+        left, right = notation.split("->")
+        bound: dict[object, Labels] = {}
+        places: dict[object, list[tuple[Value, int]]] = collections.defaultdict(list)
+        for term, value in zip(left.split(","), operands, strict=True):
+            if value is None:
+                continue
+            for letter, axis in _bind(term.split(), len(value.shape)):
+                labels = self.tag(value).axes[axis]
+                if letter == "*":
+                    self.freeze(labels, f"{self.name} mixes the positions of this axis")
+                    continue
+                places[letter].append((value, axis))
+                if letter in bound and len(bound[letter]) > 1:
+                    self.same(bound[letter], labels)
+                elif letter not in bound or len(labels) > 1:
+                    bound[letter] = labels
+        out = _output(right.split(), bound, self.shape)
+        kept = {letter for letter, _ in out}
+        for letter in bound:
+            if letter not in kept:
+                self.sum_over(*places[letter])
+        return Tag(tuple(labels for _, labels in out))
+
+
+def _bind(tokens: list[str], rank: int) -> list[tuple[object, int]]:
+    """Pair the tokens of a term with axes."""
+    if "..." in tokens:
+        at, tail = tokens.index("..."), len(tokens) - tokens.index("...") - 1
+        middle = rank - at - tail
+        return [
+            *((tokens[i], i) for i in range(at)),
+            *((("...", middle - i), at + i) for i in range(middle)),
+            *((tokens[len(tokens) - tail + i], rank - tail + i) for i in range(tail)),
+        ]
+    if "*" in tokens:
+        at = tokens.index("*")
+        return [*((tokens[i], i) for i in range(at)), *(("*", i) for i in range(at, rank))]
+    if len(tokens) != rank:
+        raise AnalysisError(f"the notation {' '.join(tokens)!r} has {len(tokens)} axes, the tensor has {rank}")
+    return [(token, i) for i, token in enumerate(tokens)]
+
+
+def _output(tokens: list[str], bound: Mapping[object, Labels], shape: tuple[int, ...]) -> list[tuple[object, Labels]]:
+    """Letter and labels of each axis of the output."""
+    out: list[tuple[object, Labels]] = []
+    for token in tokens:
+        if token == "...":
+            dots = sorted((k for k in bound if isinstance(k, tuple)), key=lambda k: -int(k[1]))
+            out += [(k, bound[k]) for k in dots]
+        elif token == "*":
+            out += [("*", np.zeros(n, np.int64)) for n in shape[len(out) :]]
+        else:
+            out.append((token, bound[token]))
+    return out
+
+
+def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) -> Propagation:
+    """Carry labels through ``recording`` until what is frozen does not change.
+
+    A later pass knows what earlier ones found frozen, so that fewer reshapes have to be described by relations.
+    """
+    state = _once(recording, rules, {})
+    for _ in range(passes - 1):
+        frozen = {key: state.atoms.find(labels) == 0 for key, labels in state.fresh_labels.items()}
+        done = state.frozen_before
+        if frozen.keys() == done.keys() and all(np.array_equal(v, done[k]) for k, v in frozen.items()):
+            break
+        state = _once(recording, rules, frozen)
+    return state
+
+
+def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple[int, Key], Labels]) -> Propagation:
+    state = Propagation(recording, frozen)
+    for name, value in recording.sources.items():
+        if not value.floating:  # an index, a mask, a counter, a complex weight
+            state.tags[value.number] = state.frozen(value.shape)
+            continue
+        state.tags[value.number] = Tag(tuple(state.fresh(n, ("source", name, a)) for a, n in enumerate(value.shape)))
+        if name in recording.shared:
+            state.freeze_all(state.tags[value.number], "shares its memory with another tensor")
+    for value in recording.inputs:
+        state.tags[value.number] = state.frozen(value.shape)
+    for number, call in enumerate(recording.calls):
+        state.number = number
+        _apply(state, call, rules)
+    for value in recording.outputs:
+        state.freeze_all(state.tag(value), "output of the model")
+    return state
+
+
+def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
+    """Give every output of ``call`` its tag."""
+    inputs = [state.tag(v) for v in values_in((call.args, tuple(call.kwargs.values())))]
+    rule = _rule(call.target, rules)
+    outputs = values_in(call.output)
+    if rule is not None:
+        result: Any = rule(state, *call.args, **call.kwargs)
+    elif inputs and isinstance(call.target, torch._ops.OpOverload) and torch.Tag.pointwise in call.target.tags:
+        result = state.pointwise(*inputs)
+    else:
+        if any(axis.any() for tag in inputs for axis in tag.axes):
+            state.unknown[operator_name(call.target)] += 1
+            state.freeze_all(inputs, f"no rule for {operator_name(call.target)}")
+        result = [state.frozen(v.shape) for v in outputs]
+    found = tags_in([result])
+    for value, tag in zip(outputs, found, strict=False):
+        if tag.shape != value.shape:
+            raise AnalysisError(
+                f"the rule for {operator_name(call.target)} gives shape {tag.shape}, the operator {value.shape}"
+            )
+        known = state.tags.get(value.number)
+        if known is not None:  # an operator in place
+            for old, new in zip(known.axes, tag.axes, strict=True):
+                state.same(old, new) if old is not new else None
+            continue
+        state.tags[value.number] = tag
+    for value in outputs[len(found) :]:
+        state.tags[value.number] = state.frozen(value.shape)
+
+
+def _rule(target: Any, rules: Mapping[Any, Rule]) -> Rule | None:
+    """The rule of an overload, of its packet, or of the operator that it does in place."""
+    if target in rules:
+        return rules[target]
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    packet = target.overloadpacket
+    if packet in rules:
+        return rules[packet]
+    name = packet.__name__
+    if name.endswith("_") and target.namespace == "aten":
+        return rules.get(getattr(torch.ops.aten, name[:-1], None))
+    return None

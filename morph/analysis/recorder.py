@@ -1,0 +1,285 @@
+"""Run a model and write down every operator that it calls."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from morph.analysis.recording import (
+    Call,
+    How,
+    Inputs,
+    Recording,
+    Value,
+    arguments_of,
+    first_line,
+    named_tensors,
+    plain_attention,
+    skeleton,
+    tensors_of,
+)
+from morph.errors import TraceError
+from morph.tracing import place_of
+
+_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
+
+
+def record(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Any] | None = None) -> Recording:
+    """Run a copy of ``model`` once in evaluation mode and list the operators that it calls.
+
+    The run has shapes only; where the model's control flow asks for values, it is run again with data.
+
+    Args:
+        model: Any module; not touched.
+        inputs: A tensor, a tuple of arguments, or a mapping of named arguments.
+        whole: Module classes that are recorded as one call.
+
+    Raises:
+        TraceError: If the model does not accept the inputs; names the user's line.
+    """
+    no_data = any(t.device.type == "meta" for t in model.parameters())
+    try:
+        meta = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
+        recorder = _Recorder(skeleton(model), "shapes", whole or {})
+        recorder.needs_data = not no_data
+        return recorder.run(meta)
+    except Exception as shapes_only:
+        if no_data:
+            raise _refused(model, inputs, shapes_only) from shapes_only
+    try:
+        own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+        return _Recorder(copy.deepcopy(model).eval(), "data", whole or {}).run(own)
+    except Exception as error:
+        raise _refused(model, inputs, error) from error
+
+
+def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dict[str, Any]]:
+    """Record a traced graph without data.
+
+    Returns:
+        The recording, and what each node gave: values in place of tensors, numbers as they are.
+    """
+    given: dict[str, Any] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            given[n.name] = pytree.tree_map_only(Tensor, lambda t: getattr(t, "_morph_value", None), result)
+            return result
+
+    class Runner(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
+            return Watch(module).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
+
+    recorder = _Recorder(module, "shapes", {})
+    recorder.runner = Runner()
+    return recorder.run(inputs), given
+
+
+def rerun(model: nn.Module, inputs: Inputs, traced: How) -> tuple[Recording, str, Exception | None]:
+    """Record a model that is our own, as far as it runs.
+
+    Args:
+        model: A copy that may be written to; without data if ``traced`` is ``"shapes"``.
+        inputs: As for `record`.
+        traced: Whether to run with shapes only.
+
+    Returns:
+        The recording, the path of the module in which it ended, and the error that ended it, if one did.
+    """
+    form = (lambda t: torch.empty_like(t, device="meta")) if traced == "shapes" else Tensor.detach
+    recorder = _Recorder(model, traced, {})
+    try:
+        recorder.run(pytree.tree_map_only(Tensor, form, inputs))
+    except Exception as error:
+        return recorder.recording, recorder.stack[-1], error
+    return recorder.recording, "", None
+
+
+def _refused(model: nn.Module, inputs: Inputs, error: Exception) -> TraceError:
+    if isinstance(error, TraceError):
+        return error
+    shapes = ", ".join(str(list(t.shape)) for t in tensors_of(inputs))
+    where = place_of(error)
+    return TraceError(
+        f"{type(model).__name__} does not accept inputs of shape {shapes}: {first_line(error)}"
+        + (f" (at {where})" if where else "")
+        + "; give inputs of the shape it was made for"
+    )
+
+
+class _DataLostError(Exception):
+    """The model makes a constant on the device of its input, where there is no data."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operator; a tensor carries its value as an attribute, so that nothing is kept alive."""
+
+    def __init__(self, model: nn.Module, traced: How, whole: Mapping[type[nn.Module], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.whole = model, whole
+        self.recording = Recording(traced=traced)
+        self.stack: list[str] = [""]
+        self.silent = 0
+        self.storages: dict[int, Value] = {}
+        self.runner: nn.Module = model
+        self.needs_data = False
+
+    def run(self, inputs: Inputs) -> Recording:
+        """Record one call of the model."""
+        self._name_tensors()
+        recording = self.recording
+        args, kwargs = arguments_of(inputs)
+        for tensor in tensors_of((args, kwargs)):
+            recording.inputs.append(self._set(tensor, recording.new(tensor, input=True)))
+        hooks = [handle for path, module in self.model.named_modules() for handle in self._follow(path, module)]
+        try:
+            with torch.no_grad(), plain_attention(), self:
+                output = self.runner(*args, **kwargs)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        recording.outputs = [self._value(t) for t in _outputs(output)]
+        return recording
+
+    def _name_tensors(self) -> None:
+        shared = []
+        for name, tensor in named_tensors(self.model):
+            value = self._set(tensor, self.recording.new(tensor, source=name))
+            self.recording.sources[name] = value
+            if tensor.numel() and tensor.layout == torch.strided:
+                key = tensor.untyped_storage()._cdata
+                if key in self.storages:
+                    shared += [name, self.storages[key].source]
+                self.storages.setdefault(key, value)
+        self.recording.shared = tuple(shared)
+
+    def _follow(self, path: str, module: nn.Module) -> Iterator[Any]:
+        """Keep the path of the running module; take modules that have a rule of their own as one call."""
+        rule = type(module) in self.whole
+
+        def enter(_: nn.Module, __: Any) -> None:
+            self.stack.append(path)
+            self.silent += rule
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            self.stack.pop()
+            self.silent -= rule
+            if rule and not self.silent:
+                self._write(type(module), (module, *args), {}, output, path)
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = not self.silent
+        before = pytree.tree_map(self._replace, (args, kwargs)) if written else ((), {})
+        output = _run(func, _one_device(args), _one_device(kwargs))
+        if written:
+            self._write(func, before[0], before[1], output, self.stack[-1], ready=True)
+        return output
+
+    def _write(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str, ready: bool = False
+    ) -> None:
+        if not ready:
+            args, kwargs = pytree.tree_map(self._replace, (args, kwargs))
+        result = pytree.tree_map(self._result, output)
+        self.recording.calls.append(Call(target, args, kwargs, result, path, _frame()))
+
+    def _replace(self, leaf: Any) -> Any:
+        return self._value(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _result(self, leaf: Any) -> Any:
+        """The value of an output: the one it has, if an operator in place gave back its argument unchanged in form."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = getattr(leaf, "_morph_value", None)
+        if known is not None and known.shape == tuple(leaf.shape):
+            return known
+        return self._set(leaf, self.recording.new(leaf))
+
+    def _value(self, tensor: Tensor) -> Value:
+        """The value of a tensor; one never seen before is a constant, or another view of a parameter."""
+        known: Value | None = getattr(tensor, "_morph_value", None)
+        if known is not None and known.shape == tuple(tensor.shape):
+            return known
+        owner = self.storages.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        if owner is not None and owner.shape == tuple(tensor.shape):
+            return self._set(tensor, owner)
+        if owner is not None:
+            self.recording.shared += (owner.source,)
+        data = None if tensor.device.type == "meta" else tensor.detach()
+        if data is None and self.needs_data:
+            raise _DataLostError
+        return self._set(tensor, self.recording.new(tensor, data=data))
+
+    def _set(self, tensor: Tensor, value: Value) -> Value:
+        tensor._morph_value = value  # type: ignore[attr-defined]
+        return value
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator; without data, frequent ones whose output has the form of their input need no kernel."""
+    first = args[0] if args else None
+    if isinstance(first, Tensor) and first.device.type == "meta":
+        if func in _LIKE_INPUT:
+            return torch.empty_like(first)
+        if func in _NORMS:
+            small = first.new_empty(0)
+            return torch.empty_like(first), small, small
+    return func(*args, **kwargs)
+
+
+_aten = torch.ops.aten
+_LIKE_INPUT = {
+    _aten.relu.default,
+    _aten.silu.default,
+    _aten.gelu.default,
+    _aten.sigmoid.default,
+    _aten.hardtanh.default,
+    _aten.hardswish.default,
+    _aten.hardsigmoid.default,
+    _aten._softmax.default,
+}
+_NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
+
+
+def _one_device(tree: Any) -> Any:
+    """Where tensors without data meet others, take the data off the others."""
+    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    if not any(t.device.type == "meta" for t in tensors):
+        return tree
+    return pytree.tree_map_only(Tensor, lambda t: t if t.device.type == "meta" or t.dim() == 0 else t.to("meta"), tree)
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """Every tensor of an output, also of classes that keep them as attributes."""
+    found = tensors_of(output)
+    if not found and hasattr(output, "__dict__"):
+        found = tensors_of(list(vars(output).values()))
+    return found
+
+
+def _frame() -> tuple[str, int, str]:
+    """The innermost line outside torch and morph."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARIES):
+            return code.co_filename, frame.f_lineno, code.co_name
+        frame = frame.f_back  # type: ignore[assignment]
+    return "", 0, ""

@@ -1,0 +1,157 @@
+"""Record what a model does: every ATen operator that one run calls, without data where that is possible."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from morph.errors import TraceError
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+How = Literal["shapes", "data"]
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor of a recorded run.
+
+    Attributes:
+        number: Its place in the order of appearance.
+        shape: Its shape.
+        source: Name of the parameter or buffer that it is; ``""`` for anything else.
+        data: The tensor itself, for constants that are neither parameter, buffer nor computed.
+        input: Whether it came in from outside.
+        floating: Whether it holds real numbers.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    source: str = ""
+    data: Tensor | None = None
+    input: bool = False
+    floating: bool = True
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One operator call; tensors are replaced by their `Value`.
+
+    Attributes:
+        target: The operator, or the class of a module that a rule takes as a whole.
+        args: Positional arguments.
+        kwargs: Named arguments.
+        output: What came out: a value, a list of values, or None.
+        module: Path of the module in whose forward it happened.
+        frame: File, line and function of the user's code.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    module: str
+    frame: tuple[str, int, str]
+
+    @property
+    def where(self) -> str:
+        """The user's line, as ``file:line, in function``; empty if there is none."""
+        file, line, function = self.frame
+        return f"{file}:{line}, in {function}" if file else ""
+
+
+@dataclass(eq=False)
+class Recording:
+    """A run of a model as a list of calls.
+
+    Attributes:
+        sources: The value of each parameter and buffer, by its first name.
+        inputs: The values of the tensors that came in, in the order of `tensors_of`.
+        calls: The calls, in order.
+        outputs: The values that came out.
+        values: Every value, by number.
+        traced: Whether the run had shapes only, or data.
+        shared: Names of parameters or buffers that share memory with another one of a different form.
+    """
+
+    sources: dict[str, Value] = field(default_factory=dict)
+    inputs: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    traced: How = "shapes"
+    shared: tuple[str, ...] = ()
+
+    def new(self, tensor: Tensor, **options: Any) -> Value:
+        """Add a value for ``tensor``."""
+        value = Value(len(self.values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
+        self.values.append(value)
+        return value
+
+
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of a call on ``inputs``."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, dicts and registered output classes."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and buffer once, by its first name."""
+    seen: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let attention run as matrix products and softmax, so that its steps can be seen."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in evaluation mode whose floating-point tensors have shapes but no data.
+
+    Whole-number buffers keep their data (they are small, and code may look at them).
+
+    Raises:
+        TraceError: If the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+        elif tensor.is_floating_point() or tensor.is_complex():
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+        else:
+            memo[id(tensor)] = tensor.detach().cpu().clone() if tensor.device.type != "meta" else tensor
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

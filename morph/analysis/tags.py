@@ -1,0 +1,97 @@
+"""What a propagation knows of tensors and calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from morph.analysis.atoms import Labels
+from morph.analysis.recording import Value
+
+
+@dataclass(frozen=True, eq=False)
+class Tag:
+    """The labels of a tensor: for each axis, one for each position.
+
+    Attributes:
+        axes: As many vectors as the tensor has axes, each as long as that axis.
+    """
+
+    axes: tuple[Labels, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(len(a) for a in self.axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A sum over an axis of an operand: who reads the positions of that axis.
+
+    Attributes:
+        call: Number of the call.
+        operands: Values and axes that are summed over together.
+    """
+
+    call: int
+    operands: tuple[tuple[Value, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """A norm, mean or softmax over an axis: removing positions changes it for those that stay.
+
+    Attributes:
+        call: Number of the call.
+        kind: The operator's name.
+        value: The tensor.
+        axes: The axes that it runs over.
+        labels: The labels that it runs over.
+    """
+
+    call: int
+    kind: str
+    value: Value
+    axes: tuple[int, ...]
+    labels: tuple[Labels, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Labels were pinned.
+
+    Attributes:
+        call: Number of the call, -1 for what comes from outside any call.
+        reason: Why.
+        labels: Those that were free until then.
+    """
+
+    call: int
+    reason: str
+    labels: Labels
+
+
+def tags_in(tree: Any) -> list[Tag]:
+    """Every tag in nested lists and tuples."""
+    if isinstance(tree, Tag):
+        return [tree]
+    if isinstance(tree, list | tuple):
+        return [tag for item in tree for tag in tags_in(item)]
+    return []
+
+
+def operator_name(target: Any) -> str:
+    """Name of an operator for messages: ``aten.add.Tensor`` or the name of a class."""
+    return target.__name__ if isinstance(target, type) else str(target)
+
+
+def values_in(tree: Any) -> list[Value]:
+    """Every value in nested lists, tuples and dicts."""
+    if isinstance(tree, Value):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [v for item in tree for v in values_in(item)]
+    return []

@@ -1,0 +1,213 @@
+"""Fit a cut model into its own class: find the sizes that its code keeps in attributes."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from morph.analysis import Analysis
+from morph.analysis.atoms import Labels
+from morph.analysis.recorder import rerun
+from morph.analysis.recording import Call, Inputs, Value, skeleton
+from morph.analysis.tags import operator_name, values_in
+from morph.plan import Resize, SetAttribute
+from morph.resizing import resized, set_attributes
+
+_TRIES = 60
+_SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Where a cut model first does something else than it must.
+
+    Attributes:
+        call: Number of the operator call in the run of the model before.
+        module: Path of the module.
+        reason: What was got, and what was expected.
+    """
+
+    call: int
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What makes a cut model fit.
+
+    Attributes:
+        attributes: The attributes to set.
+        misfit: Where it still does not fit; None if it does.
+    """
+
+    attributes: tuple[SetAttribute, ...]
+    misfit: Misfit | None
+
+
+class Fitter:
+    """Runs cut copies of a model without data and compares every shape with what the analysis expects.
+
+    Args:
+        model: The model before; not touched.
+        inputs: What it was analysed with.
+        analysis: What was found.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, analysis: Analysis) -> None:
+        self.inputs, self.analysis = inputs, analysis
+        self.traced = analysis.traced
+        self.base = skeleton(model) if self.traced == "shapes" else copy.deepcopy(model).eval()
+
+    def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
+        """Find the attributes with which the class itself carries the new sizes."""
+        cut = resized(self.base, edits)
+        chosen = self.groups(times)
+        misfit = self._try(cut, chosen, times)
+        tried: set[tuple[type, str]] = set()
+        while misfit is not None and len(tried) < _TRIES:
+            better = None
+            for key, more in self._candidates(misfit, chosen, times):
+                if key in tried:
+                    continue
+                tried.add(key)
+                found = self._try(cut, [*chosen, *more], times)
+                if found is None or found.call > misfit.call:
+                    better = (more, found)
+                    break
+            if better is None:
+                break
+            chosen, misfit = [*chosen, *better[0]], better[1]
+        return Fit(tuple(chosen), misfit)
+
+    def groups(self, times: Labels) -> list[SetAttribute]:
+        """The new numbers of groups of torch's own convolutions and group norms."""
+        found: dict[str, SetAttribute] = {}
+        modules = dict(self.base.named_modules(remove_duplicate=False))
+        for number, labels in self.analysis.state.groups.items():
+            path = self.analysis.recording.calls[number].module
+            module = modules.get(path)
+            attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
+            old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
+            if new != old and isinstance(module, _ConvNd | nn.GroupNorm):
+                found[path] = SetAttribute(path, attribute, old, new)
+        return list(found.values())
+
+    def _try(self, cut: nn.Module, attributes: Sequence[SetAttribute], times: Labels) -> Misfit | None:
+        """Run the cut model with these attributes; say where it first differs from what is expected."""
+        set_attributes(cut, attributes)
+        try:
+            recording, path, error = rerun(cut, self.inputs, self.traced)
+        finally:
+            set_attributes(cut, [SetAttribute(e.module, e.attribute, e.new, e.value) for e in reversed(attributes)])
+        expected = self.analysis.recording.calls
+        for number, (old, new) in enumerate(zip(expected, recording.calls, strict=False)):
+            reason = self._differs(old, new, times)
+            if reason:
+                return Misfit(number, new.module or old.module, reason)
+        if error is not None:
+            number = min(len(recording.calls), len(expected) - 1)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return Misfit(number, path or expected[number].module, lines[0])
+        if len(recording.calls) != len(expected):
+            number = min(len(recording.calls), len(expected)) - 1
+            return Misfit(number, expected[number].module, "the code takes another way")
+        return None
+
+    def _differs(self, old: Call, new: Call, times: Labels) -> str:
+        """Why a call is not the one expected; empty if it is."""
+        if old.target != new.target:
+            return f"{operator_name(new.target)} is called, {operator_name(old.target)} was expected"
+        outputs = list(zip(values_in(old.output), values_in(new.output), strict=False))
+        for before, after in outputs:
+            wanted = self.shape(before, times)
+            if after.shape != wanted:
+                return f"{operator_name(new.target)} gives shape {after.shape}, expected {wanted}"
+        for was, now in zip(_floats(old.args), _floats(new.args), strict=False):
+            if was != now:
+                return f"{operator_name(new.target)} uses the constant {now}, was {was}"
+        return ""
+
+    def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
+        """The shape that a tensor must have after the cut."""
+        axes = self.analysis.state.tag(value).axes
+        return tuple(int(times[a].sum()) if len(a) > 1 else len(a) for a in axes)
+
+    def _candidates(
+        self, misfit: Misfit, chosen: Sequence[SetAttribute], times: Labels
+    ) -> Iterator[tuple[tuple[type, str], list[SetAttribute]]]:
+        """Attributes near a misfit that hold an old size, with the new one, for every module of that class."""
+        done = {(e.module, e.attribute) for e in chosen}
+        modules = dict(self.base.named_modules(remove_duplicate=False))
+        sizes = self._sizes(times)
+        path = misfit.module
+        while True:
+            module = modules.get(path)
+            names = _whole_attributes(module) if module is not None else []
+            for some in [names, *([n] for n in names)]:
+                more = []
+                for other, same in modules.items():
+                    for attribute in some if type(same) is type(module) else ():
+                        old: Any = getattr(same, attribute, None)
+                        new = _new_size(old, sizes[other])
+                        if new is not None and new != old and (other, attribute) not in done:
+                            more.append(SetAttribute(other, attribute, old, new))
+                if any(e.module == path for e in more):
+                    yield (type(module), " ".join(some)), more
+            if not path:
+                return
+            path = path.rpartition(".")[0]
+
+    def _sizes(self, times: Labels) -> dict[str, dict[int, int]]:
+        """For each module path, what sizes become of the sizes of tensors in it; the most frequent wins."""
+        votes: dict[str, dict[int, collections.Counter[int]]] = collections.defaultdict(
+            lambda: collections.defaultdict(collections.Counter)
+        )
+        for call in self.analysis.recording.calls:
+            for value in values_in((call.args, call.kwargs, call.output)):
+                pairs = [(a, b) for a, b in zip(value.shape, self.shape(value, times), strict=True) if a != b]
+                path = call.module
+                while pairs:
+                    for a, b in pairs:
+                        votes[path][a][b] += 1
+                    if not path:
+                        break
+                    path = path.rpartition(".")[0]
+        result: dict[str, dict[int, int]] = collections.defaultdict(dict)
+        for path, table in votes.items():
+            result[path] = {a: counter.most_common(1)[0][0] for a, counter in table.items()}
+        return result
+
+
+def _floats(tree: Any) -> list[float]:
+    """Every floating-point constant among arguments."""
+    if isinstance(tree, float):
+        return [tree]
+    if isinstance(tree, list | tuple):
+        return [x for item in tree for x in _floats(item)]
+    return []
+
+
+def _whole_attributes(module: nn.Module) -> list[str]:
+    """Attributes that hold a whole number or several."""
+    found = []
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _SKIPPED:
+            continue
+        items = value if isinstance(value, tuple) else (value,)
+        if items and all(isinstance(i, int) and not isinstance(i, bool) and i > 1 for i in items):
+            found.append(name)
+    return found
+
+
+def _new_size(value: Any, sizes: dict[int, int]) -> int | tuple[int, ...] | None:
+    """What becomes of a size, or of a tuple of sizes."""
+    if isinstance(value, tuple):
+        return tuple(sizes[v] if v in sizes else v for v in value)
+    return sizes.get(value) if isinstance(value, int) else None

@@ -1,0 +1,221 @@
+"""Fit a cut model through its traced graph: rewrite the sizes that its code has as constants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from morph.analysis.atoms import Labels
+from morph.analysis.propagation import Propagation, propagate
+from morph.analysis.recorder import record_nodes
+from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton
+from morph.analysis.table import RULES
+from morph.fitting import Misfit
+from morph.graphs import graph_of, set_slot, slots, split_at
+from morph.plan import Resize, SetAttribute, SetConstant, SplitAt
+from morph.resizing import resized, set_attributes
+
+_SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
+_TRIES = 400
+
+
+class GraphFitter:
+    """Runs the cut graph node by node without data, and gives each node the constants that make its shape right.
+
+    Args:
+        model: The model before; not touched.
+        inputs: What it was analysed with.
+
+    Raises:
+        TraceError: If the model has no symbolic graph.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
+        self.graph = graph_of(skeleton(model))
+        recording, self.values = record_nodes(self.graph, self.inputs)
+        self.state: Propagation = propagate(recording, RULES)
+
+    def times(self, edits: Sequence[Resize]) -> Labels:
+        """How often each label of the graph is there after the edits; factors of reshapes follow from their wholes."""
+        atoms = self.state.atoms
+        times = np.ones(atoms.count, np.int64)
+        for edit in edits:
+            value = self.state.recording.sources[edit.tensor]
+            counts = np.bincount(np.array(edit.index, np.int64), minlength=edit.size)
+            times[atoms.find(self.state.tag(value).axes[edit.axis])] = counts
+        for relation in self.state.relations:
+            whole = times[atoms.find(relation.whole)]
+            if (whole == 1).all():
+                continue
+            for factor in map(atoms.find, relation.factors):
+                for label in np.unique(factor[factor != 0]).tolist():
+                    rows = whole[factor == label]
+                    if (rows == 0).all():
+                        times[label] = 0
+                    elif (rows > 1).all():
+                        times[label] = rows.min()
+        return times[atoms.roots()]
+
+    def fit(
+        self, edits: Sequence[Resize], groups: Sequence[SetAttribute]
+    ) -> tuple[list[SetConstant | SplitAt], Misfit | None]:
+        """Find the constants with which the graph carries the new sizes."""
+        times = self.times(edits)
+        cut = resized(self.graph, edits)
+        assert isinstance(cut, fx.GraphModule)
+        set_attributes(cut, groups)
+        made = _Refit(self, cut, times)
+        args, kwargs = arguments_of(self.inputs)
+        try:
+            with torch.no_grad(), plain_attention():
+                made.run(*args, **kwargs)
+        except _UnfitError as unfit:
+            return made.edits, unfit.misfit
+        return made.edits, None
+
+
+class _UnfitError(Exception):
+    """A node that no constant makes right."""
+
+    def __init__(self, misfit: Misfit) -> None:
+        super().__init__(misfit.reason)
+        self.misfit = misfit
+
+
+class _Refit(fx.Interpreter):
+    """Runs a cut graph and mends each node whose shape is not the one expected."""
+
+    def __init__(self, fitter: GraphFitter, cut: fx.GraphModule, times: Labels) -> None:
+        super().__init__(cut)
+        self.graph_module = cut
+        self.fitter, self.times = fitter, times
+        self.edits: list[SetConstant | SplitAt] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on positional and named inputs."""
+        names = [str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+        return super().run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        expected = self.fitter.values.get(n.name)
+        if n.op in ("placeholder", "output", "get_attr"):
+            return super().run_node(n)
+        self._keep_scale(n)
+        result, why = self._attempt(n, expected)
+        if not why:
+            return result
+        if n.op != "call_module":
+            for trial in self._trials(n, expected):
+                old = (n.op, n.target, n.args, n.kwargs)
+                for edit in trial:
+                    split_at(n, edit) if isinstance(edit, SplitAt) else set_slot(n, edit.slot, edit.number)
+                result, still = self._attempt(n, expected)
+                if not still:
+                    self.edits += trial
+                    return result
+                n.op, n.target = old[0], old[1]
+                n.args, n.kwargs = old[2], old[3]
+        raise _UnfitError(Misfit(0, str(n.target) if n.op == "call_module" else _module_of(n), f"node {n.name}: {why}"))
+
+    def _attempt(self, n: fx.Node, expected: Any) -> tuple[Any, str]:
+        """Run one node; say what is wrong with its shape."""
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        wanted, got = self._shapes(expected), _tensor_shapes(result)
+        return result, "" if wanted == got else f"shape {got}, expected {wanted}"
+
+    def _shapes(self, expected: Any) -> list[tuple[int, ...]]:
+        return [self._shape(v) for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
+
+    def _shape(self, value: Value) -> tuple[int, ...]:
+        axes = self.fitter.state.tag(value).axes
+        return tuple(int(self.times[a].sum()) if len(a) > 1 else len(a) for a in axes)
+
+    def _keep_scale(self, n: fx.Node) -> None:
+        """Attention divides by the root of the head size: after a cut inside heads, the old one is written out."""
+        if n.target is not torch.nn.functional.scaled_dot_product_attention or n.kwargs.get("scale") is not None:
+            return
+        value = self.fitter.values.get(n.args[0].name) if n.args and isinstance(n.args[0], fx.Node) else None
+        if isinstance(value, Value) and self._shape(value)[-1] != value.shape[-1]:
+            edit = SetConstant(n.name, "kwargs.scale", value.shape[-1] ** -0.5)
+            set_slot(n, edit.slot, edit.number)
+            self.edits.append(edit)
+
+    def _trials(self, n: fx.Node, expected: Any) -> Iterator[list[SetConstant | SplitAt]]:
+        """Changes of constants that could make the shape of a node right, the likeliest first."""
+        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+        values = [v for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
+        if name in _SPLITS and values:
+            shapes = [self._shape(v) for v in values]
+            source = self.fitter.values.get(n.args[0].name) if isinstance(n.args[0], fx.Node) else None
+            if isinstance(source, Value):
+                for axis in range(len(source.shape)):
+                    if sum(v.shape[axis] for v in values) == source.shape[axis] and len(values) > 1:
+                        yield [SplitAt(n.name, axis, tuple(s[axis] for s in shapes))]
+        places = [(slot, self._old(v)) for slot, v in slots(n)]
+        whole = [(slot, v) for slot, v in places if isinstance(v, int) and not isinstance(v, bool) and v > 1]
+        if len(values) == 1:
+            yield from self._by_shape(n, values[0], whole)
+        tables = [self._new_sizes(n, values, v) for _, v in whole]
+        for combination in itertools.islice(itertools.product(*tables), _TRIES):
+            trial = [
+                SetConstant(n.name, slot, new)
+                for (slot, old), new in zip(whole, combination, strict=True)
+                if new is not None and new != old
+            ]
+            if trial:
+                yield list(trial)
+
+    def _by_shape(
+        self, n: fx.Node, value: Value, whole: Sequence[tuple[str, int]]
+    ) -> Iterator[list[SetConstant | SplitAt]]:
+        """Where the last constants spell the shape of the output, axis by axis."""
+        new = self._shape(value)
+        rank = len(value.shape)
+        ordered = [(slot, v) for slot, v in ((s, self._old(x)) for s, x in slots(n)) if isinstance(v, int)][-rank:]
+        if len(ordered) == rank and all(v in (-1, old) for (_, v), old in zip(ordered, value.shape, strict=True)):
+            trial: list[SetConstant | SplitAt] = [
+                SetConstant(n.name, slot, size)
+                for (slot, v), size, old in zip(ordered, new, value.shape, strict=True)
+                if v != -1 and size != old
+            ]
+            if trial:
+                yield trial
+
+    def _old(self, value: Any) -> Any:
+        """The constant, or the number that a node gave before the cut."""
+        return self.fitter.values.get(value.name) if isinstance(value, fx.Node) else value
+
+    def _new_sizes(self, n: fx.Node, values: Sequence[Value], old: int) -> list[int | None]:
+        """What a constant may become: itself, a new size of an axis of that size, or a boundary that has moved."""
+        found: dict[int | None, None] = {None: None}
+        inputs = [self.fitter.values.get(i.name) for i in n.all_input_nodes]
+        tensors = [v for v in [*inputs, *values] if isinstance(v, Value)]
+        for value in tensors:
+            for labels in self.fitter.state.tag(value).axes:
+                if len(labels) >= old and (self.times[labels] != 1).any():
+                    found[int(self.times[labels[:old]].sum())] = None
+        return list(found)
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+def _tensor_shapes(result: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def _module_of(n: fx.Node) -> str:
+    """Path of the module whose forward made a node."""
+    stack: Mapping[str, Any] = n.meta.get("nn_module_stack") or {}
+    return next((str(entry[0]) for entry in reversed(list(stack.values()))), "")

@@ -1,0 +1,250 @@
+"""Prune a model: analyse, score, choose, cut, verify, record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from morph.analysis import Analysis, Sizes, analyse
+from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.carriers import Form
+from morph.couplings import Choice, Coupling
+from morph.errors import TargetError
+from morph.plan import Check, Edit, Plan, Record
+from morph.removal import Removed, Remover, check_cut, promise
+from morph.selection import Heads, Limits, Normalise, Ranking, choose_units, schedule
+from morph.surgery import Result, environment
+from morph.unit_scores import Score, score_units
+from morph.verify import require
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a pruning; see `prune`."""
+
+    ratio: float | None = None
+    target_params: float | None = None
+    target_macs: float | None = None
+    score: Score = "l2"
+    ranking: Ranking = "global"
+    normalise: Normalise = "mean"
+    minimum: int = 1
+    multiple: int = 1
+    ignore: Sequence[str] = ()
+    ratios: Mapping[str, float] | None = None
+    heads: Heads = "whole"
+    seed: int = 0
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    data: Iterable[tuple[Any, Any]] | None = None,
+    loss: Loss | None = None,
+    steps: int = 1,
+    form: Form = "auto",
+    verify: bool = True,
+    on_step: Callable[[int, Sizes], None] = lambda step, sizes: None,
+    **request: Any,
+) -> Result:
+    """Cut the least useful units out of a model.
+
+    Every cut is exact: the new model computes what the model computes when every reader of a cut channel sees zero in
+    its place. Where a norm runs over cut channels, it runs over those that stay, and the record says so.
+
+    Args:
+        model: Any module; not touched.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
+        data: Batches ``(inputs, targets)`` for the scores that look at gradients.
+        loss: Gives one value per sample from outputs and targets; cross-entropy if absent.
+        steps: In how many steps to get there; scores are computed afresh before each.
+        form: ``class`` for a module of the model's own class, ``graph`` for its traced graph, ``auto`` for the class
+            wherever its code can carry the new sizes, and the graph elsewhere.
+        verify: Whether to compare with the zeroing reference in float64.
+        on_step: Told the number of each step and the sizes that it reached.
+        **request: The fields of `Request`: one of ``ratio`` (share of the units), ``target_params``, ``target_macs``
+            (multiply-adds of one sample); ``score`` (``l1``, ``l2``, ``bn``, ``taylor``, ``fisher``, ``random``, or a
+            callable); ``ranking`` (``global`` or ``local``); ``normalise`` of scores between couplings (``mean``,
+            ``macs``, ``params`` or None); ``minimum`` units of a coupling; ``multiple`` that widths shall be of;
+            ``ignore``: patterns of couplings and tensors to leave whole; ``ratios`` by pattern; ``heads``: ``whole``,
+            ``inside`` or ``both``; ``seed``.
+
+    Raises:
+        TargetError: Not exactly one target, or one that cannot be reached; says the nearest.
+        TraceError: The model does not accept the inputs.
+        AnalysisError, EditError: A rule does not fit, or no form of the model can carry a cut.
+        CheckFailedError: The result differs from the zeroing reference.
+
+    Example:
+        >>> import torch, morph
+        >>> from morph.zoo import build
+        >>> student = morph.prune(build("wrn-16-2"), torch.randn(2, 3, 32, 32), ratio=0.5)
+        >>> student.record.after["params"] < 0.3 * student.record.before["params"]
+        True
+    """
+    unknown = request.keys() - {f.name for f in dataclasses.fields(Request)}
+    if unknown:
+        raise TypeError(f"prune() got unexpected arguments: {', '.join(sorted(unknown))}")
+    asked = Request(**request)
+    if steps < 1:
+        raise TargetError(f"steps must be at least 1, got {steps}")
+    first = analyse(model, example_inputs)
+    before, batch = first.sizes(), batch_of(example_inputs)
+    edits: list[Edit] = []
+    checks: list[Check] = []
+    removed: list[Removed] = []
+    now, analysis = model, first
+    verified = "not verified: switched off"
+    for number, target in enumerate(_targets(asked, before, batch, steps), 1):
+        analysis = analyse(now, example_inputs) if number > 1 else first
+        done = _step(now, example_inputs, analysis, target, data, loss, form)
+        if verify and not _on_meta(now):
+            checks.append(check_cut(done, now, example_inputs, analysis))
+            require(tuple(checks))
+            verified = promise(done, analysis)
+        elif verify:
+            verified = "not verified: the model has no data (meta device)"
+        edits += done.plan.edits
+        removed.append(done)
+        now = done.model
+        on_step(number, _per_sample(analysis.sizes(done.choice), batch))
+    record = Record(
+        command="prune",
+        options={**_options(asked), "steps": steps, "form": form, "verify": verify},
+        plan=Plan(tuple(edits)),
+        before=asdict(_per_sample(before, batch)),
+        after=asdict(_per_sample(analysis.sizes(removed[-1].choice), batch)),
+        checks=tuple(checks),
+        details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
+        environment=_environment(model, example_inputs),
+    )
+    return Result(now, record)
+
+
+def _step(
+    model: nn.Module,
+    inputs: Inputs,
+    analysis: Analysis,
+    asked: Request,
+    data: Iterable[tuple[Any, Any]] | None,
+    loss: Loss | None,
+    form: Form,
+) -> Removed:
+    """Score, choose and cut once."""
+    couplings = list(analysis.couplings.values())
+    scores = score_units(model, couplings, asked.score, data=data, loss=loss, seed=asked.seed)
+    batch = batch_of(inputs)
+    choice = choose_units(
+        couplings,
+        scores,
+        lambda chosen: _per_sample(analysis.sizes(chosen), batch),
+        ratio=asked.ratio,
+        target_params=asked.target_params,
+        target_macs=asked.target_macs,
+        ranking=asked.ranking,
+        normalise=asked.normalise,
+        limits=Limits(asked.minimum, asked.multiple, tuple(asked.ignore), asked.heads, asked.ratios),
+    )
+    return Remover(model, inputs, analysis, form).remove(repaired(analysis, choice, scores))
+
+
+def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -> Choice:
+    """``choice`` without the best unit of every axis that would lose its last position."""
+    result = {name: np.asarray(units, np.int64) for name, units in choice.items()}
+    for _ in range(1000):
+        empty = analysis.emptied(result)
+        if not empty:
+            break
+        for axis in empty:
+            held = set(analysis.units.on(axis.roots)[0].tolist())
+            best = max(
+                (
+                    (float(scores[name][unit]), name, unit)
+                    for name, units in result.items()
+                    for unit in units.tolist()
+                    if int(analysis.numbers[name][unit]) in held
+                ),
+                default=None,
+            )
+            if best is not None:
+                result[best[1]] = result[best[1]][result[best[1]] != best[2]]
+    return result
+
+
+def _targets(asked: Request, before: Sizes, batch: int, steps: int) -> list[Request]:
+    """What to ask for in each step: the target is approached in equal ratios."""
+    if steps == 1:
+        return [asked]
+    if asked.ratio is not None:
+        kept = (1 - asked.ratio) ** (1 / steps)
+        return [dataclasses.replace(asked, ratio=1 - kept)] * steps
+    size = _per_sample(before, batch)
+    if asked.target_params is not None:
+        return [dataclasses.replace(asked, target_params=t) for t in schedule(steps, size.params, asked.target_params)]
+    if asked.target_macs is not None:
+        return [dataclasses.replace(asked, target_macs=t) for t in schedule(steps, size.macs, asked.target_macs)]
+    return [asked]
+
+
+def batch_of(inputs: Inputs) -> int:
+    """Number of samples: the first axis that all inputs share, else 1."""
+    sizes = {len(t) for t in tensors_of(arguments_of(inputs)) if t.dim()}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _per_sample(sizes: Sizes, batch: int) -> Sizes:
+    return Sizes(sizes.params, sizes.macs // batch)
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
+def _options(asked: Request) -> dict[str, Any]:
+    options = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
+    options["ignore"] = list(asked.ignore)
+    options["ratios"] = dict(asked.ratios) if asked.ratios else None
+    if callable(asked.score):
+        options["score"] = getattr(asked.score, "__name__", type(asked.score).__name__)
+    return options
+
+
+def _details(first: Analysis, removed: Sequence[Removed]) -> dict[str, Any]:
+    """What the record says of a pruning."""
+    last = removed[-1]
+    return {
+        "traced": first.traced,
+        "form": last.form,
+        "why_graph": last.why_graph,
+        "couplings": [_row(c, removed) for c in first.couplings.values()],
+        "left": [asdict(item) for done in removed for item in done.left],
+        "frozen": [asdict(item) for item in first.frozen[:20]],
+        "unknown_operators": dict(first.unknown),
+        "free_params": first.free(),
+    }
+
+
+def _row(coupling: Coupling, removed: Sequence[Removed]) -> dict[str, Any]:
+    """One coupling: how many units it had, and how many are left."""
+    gone = sum(len(done.choice.get(coupling.name, ())) for done in removed)
+    return {
+        "name": coupling.name,
+        "units_before": coupling.units,
+        "units_after": coupling.units - gone,
+        "blocks": coupling.blocks,
+        "statistics": len(coupling.statistics),
+    }
+
+
+def _environment(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    tensors = tensors_of(arguments_of(inputs))
+    return environment(model, tensors[0] if tensors else torch.zeros(1))

@@ -1,0 +1,163 @@
+"""Remove chosen units from a model: cut the tensors, fit the module, compare with the zeroing reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from morph.analysis import Analysis
+from morph.analysis.atoms import Labels
+from morph.analysis.recording import Inputs
+from morph.analysis.tags import values_in
+from morph.carriers import Carried, Carrier, Form, LeftWhole
+from morph.couplings import Choice
+from morph.errors import EditError
+from morph.fitting import Misfit
+from morph.plan import Check, Plan, Resize
+from morph.zeroing import run_doubled, run_zeroed
+
+LIMIT = 1e-9
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A cut model.
+
+    Attributes:
+        model: The new module.
+        plan: The edits.
+        choice: What was dropped in the end.
+        left: What was chosen but left whole.
+        form: ``class`` if the module is of the model's own class, ``graph`` if it is its traced graph.
+        why_graph: What the code has fixed, if it is the graph.
+        times: For each label of the analysis, 0 if it is gone.
+    """
+
+    model: nn.Module
+    plan: Plan
+    choice: Choice
+    left: tuple[LeftWhole, ...]
+    form: str
+    why_graph: str
+    times: Labels
+
+
+class Remover:
+    """Cuts units out of one model.
+
+    Args:
+        model: Not touched.
+        inputs: What it was analysed with.
+        analysis: What hangs together in it.
+        form: As for `morph.carriers.Carrier`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, analysis: Analysis, form: Form = "auto") -> None:
+        self.model, self.analysis = model, analysis
+        self.carrier = Carrier(model, inputs, analysis, form)
+
+    def remove(self, choice: Choice) -> Removed:
+        """Cut ``choice`` as far as it can be carried; what cannot is left whole and said so.
+
+        Raises:
+            AnalysisError: If a coupling or unit does not exist, or an axis would lose its last position.
+            EditError: If not even an empty choice can be carried.
+        """
+        left: list[LeftWhole] = []
+        choice = {name: np.asarray(units, np.int64) for name, units in choice.items() if len(units)}
+        while True:
+            edits = [e for e in self.analysis.cut(choice).edits if isinstance(e, Resize)]
+            times = self.analysis.times(choice)
+            found = self.carrier.carry(edits, times)
+            if isinstance(found, Carried):
+                model = self.carrier.apply(found)
+                return Removed(model, found.plan, choice, tuple(left), found.form, found.why_graph, times)
+            names = self._blamed(found, choice, times)
+            if not names:
+                raise EditError(f"{type(self.model).__name__} cannot carry a cut: {found.reason} (in {found.module})")
+            for name in names:
+                left.append(LeftWhole(name, len(choice[name]), f"{found.reason} (in {found.module or 'the model'})"))
+                del choice[name]
+
+    def _blamed(self, misfit: Misfit, choice: Choice, times: Labels) -> list[str]:
+        """The couplings to leave whole because of a misfit: the smallest one that helps, else all that are there."""
+        names = list(self._present(misfit.call, choice, times)) or self._in_module(misfit.module, choice)
+        names.sort(key=lambda name: self._weight(name))
+        for name in names[:-1]:
+            some = self.carrier.siblings(name, choice)
+            rest = {k: v for k, v in choice.items() if k not in some}
+            edits = [e for e in self.analysis.cut(rest).edits if isinstance(e, Resize)]
+            again = self.carrier.fitter.fit(edits, self.analysis.times(rest))
+            if again.misfit is None or again.misfit.call > misfit.call:
+                return some
+        return names
+
+    def _present(self, call: int, choice: Choice, times: Labels) -> Iterator[str]:
+        """The chosen couplings that are cut on a tensor of a call."""
+        analysis = self.analysis
+        recorded = analysis.recording.calls[call]
+        found: set[int] = set()
+        for value in values_in((recorded.args, recorded.kwargs, recorded.output)):
+            for roots in analysis.roots(value):
+                if (times[roots] == 0).any():
+                    found.update(analysis.units.on(np.where(times[roots] == 0, roots, 0))[0].tolist())
+        for name in choice:
+            if not found.isdisjoint(analysis.numbers[name].tolist()):
+                yield name
+
+    def _in_module(self, path: str, choice: Choice) -> list[str]:
+        """The chosen couplings that lie on a tensor of a module."""
+        couplings = self.analysis.couplings
+        return [name for name in choice if any(p.tensor.startswith(f"{path}.") for p in couplings[name].places)]
+
+    def _weight(self, name: str) -> int:
+        """How much hangs on a coupling: the positions of all its places."""
+        return sum(place.positions.size for place in self.analysis.couplings[name].places)
+
+
+def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis, limit: float = LIMIT) -> Check:
+    """Compare a cut model with the model before whose readers see zero, in float64 and evaluation mode.
+
+    Args:
+        removed: The cut model.
+        model: The model before; not touched.
+        inputs: What it was analysed with.
+        analysis: What hangs together in it.
+        limit: Largest difference allowed, relative to the largest output.
+    """
+    return compare(
+        "zeroing reference", run_zeroed(analysis.state, model, inputs, removed.times), removed.model, inputs, limit
+    )
+
+
+def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float) -> Check:
+    """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite."""
+    samples = next((len(t) for t in wanted if t.dim()), 1)
+    got = run_doubled(model, inputs)
+    if [t.shape for t in got] != [t.shape for t in wanted]:
+        return Check(name, float("inf"), float("inf"), limit, samples, "float64")
+    difference = relative = 0.0
+    for before, after in zip(wanted, got, strict=True):
+        if not before.numel():
+            continue
+        moved, size = float((before - after).abs().max()), float(before.abs().max())
+        if not (moved < float("inf")):
+            return Check(name, float("inf"), float("inf"), limit, samples, "float64")
+        difference = max(difference, moved)
+        relative = max(relative, moved / size if size else (0.0 if moved == 0 else float("inf")))
+    return Check(name, difference, relative, limit, samples, "float64")
+
+
+def promise(removed: Removed, analysis: Analysis) -> str:
+    """What a check of a cut says, in words."""
+    text = (
+        "outputs in evaluation mode, float64: equal to those of the model before with zeros where its readers saw "
+        "what was cut"
+    )
+    norms = sorted({s for name in removed.choice for s in analysis.couplings[name].statistics})
+    if norms:
+        text += f"; {len(norms)} statistics run over the channels that stay, e.g. {norms[0]}"
+    return text

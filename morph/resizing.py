@@ -1,0 +1,134 @@
+"""Resize parameters and buffers in a copy of a model, and let torch's own modules know their new sizes."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from morph.analysis.recording import named_tensors
+from morph.errors import EditError, PlanMismatchError
+from morph.plan import Resize, SetAttribute
+
+
+def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
+    """A copy of ``model`` whose tensors are resized; nothing else is copied twice.
+
+    Args:
+        model: Not touched.
+        edits: At most one for each axis of each tensor.
+
+    Raises:
+        PlanMismatchError: If a tensor is missing or of another size; all are counted, the first named.
+        EditError: If the model cannot be copied.
+    """
+    tensors = dict(named_tensors(model))
+    _check_fit(tensors, edits)
+    by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
+    for edit in edits:
+        by_tensor[edit.tensor].append(edit)
+    memo: dict[int, object] = {}
+    for name, some in by_tensor.items():
+        old = tensors[name]
+        new = resize(old.detach(), some)
+        if isinstance(old, nn.Parameter):
+            if type(old) is not nn.Parameter:
+                raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        memo[id(old)] = new
+    try:
+        result = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
+    fresh = {id(memo[id(tensors[name])]) for name in by_tensor}
+    for module in result.modules():
+        if any(id(t) in fresh for t in [*module._parameters.values(), *module._buffers.values()]):
+            _tell(module)
+    return result
+
+
+def resize(tensor: Tensor, edits: Sequence[Resize]) -> Tensor:
+    """Apply the edits of one tensor, axis by axis; the memory layout stays."""
+    result = tensor
+    for edit in edits:
+        index = torch.tensor(edit.index, dtype=torch.long, device=tensor.device)
+        result = result.index_select(edit.axis, index)
+        if edit.scale:
+            scale = torch.tensor(edit.scale, dtype=torch.float64, device=tensor.device)
+            shaped = scale.reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
+            result = (result.double() * shaped).to(tensor.dtype)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return result.contiguous(memory_format=torch.channels_last)
+    return result.contiguous()
+
+
+def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
+    """Give modules their new sizes, in place.
+
+    Raises:
+        PlanMismatchError: If a module or its attribute is not what the plan was made for.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in edits:
+        module = modules.get(edit.module)
+        present = getattr(module, edit.attribute, None)
+        if module is None or present != edit.value:
+            raise PlanMismatchError(
+                f"this plan was made for another model: {edit.module}.{edit.attribute} is {present!r}, "
+                f"the plan has {edit.value!r}"
+            )
+        setattr(module, edit.attribute, edit.new)
+        _tell(module)
+
+
+def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize]) -> None:
+    """Compare what the edits expect with what the model has."""
+    wrong = []
+    done = 0
+    for edit in edits:
+        tensor = tensors.get(edit.tensor)
+        size = tensor.shape[edit.axis] if tensor is not None and edit.axis < tensor.dim() else None
+        if size != edit.size or (size is not None and edit.index and max(edit.index) >= size):
+            wrong.append(f"{edit.tensor}[{edit.axis}]: plan has {edit.size}, model has {size or 'no such axis'}")
+            done += size == len(edit.index)
+    if wrong:
+        raise PlanMismatchError(
+            f"this plan was made for another model: {len(wrong)} of {len(edits)} axes differ ({'; '.join(wrong[:3])})"
+            + (
+                "; the sizes are those after the plan, so it looks applied already: start from the original model"
+                if done == len(wrong)
+                else ""
+            )
+        )
+
+
+def _tell(module: nn.Module) -> None:
+    """Let a module of torch know the shape of its weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            module.num_features = len(module.running_mean)
+        return
+    shape = weight.shape
+    if isinstance(module, _ConvNd):
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
+        else:
+            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape[0], shape[1]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, _NormBase):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = shape[0], shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]

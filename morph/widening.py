@@ -1,0 +1,234 @@
+"""Widen a model: analyse, decide which units are copied, copy, verify, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from morph.analysis import Analysis, Sizes, analyse, count_sizes
+from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.carriers import Form, LeftWhole
+from morph.copies import Widened, Widener, check_growth
+from morph.errors import EditError, NothingToGrowError, TargetError
+from morph.plan import Check, Record
+from morph.pruning import batch_of
+from morph.surgery import Result, environment
+from morph.unit_scores import Score, score_units
+from morph.verify import require
+
+Copies = Mapping[str, Mapping[int, int]]
+
+
+def widen(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    ratio: float | None = None,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    score: Score = "random",
+    data: Iterable[tuple[Any, Any]] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    ignore: Sequence[str] = (),
+    form: Form = "auto",
+    seed: int = 0,
+    verify: bool = True,
+) -> Result:
+    """Copy units so that a model grows and computes what it did (Net2WiderNet, Chen et al. 2016, section 3.1).
+
+    A copied unit produces the same values, and whoever reads it divides its weights by the number of copies. Where a
+    norm runs over units (LayerNorm, GroupNorm), only whole multiples of all of them are exact: such couplings grow when
+    ``ratio`` is 2 or more, by its whole part, and are left as they are otherwise, with the reason in the record.
+    Dropout between a unit and its readers is exact in evaluation mode only.
+
+    Args:
+        model: Any module; not touched.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
+        ratio: Units afterwards over units before, in every coupling; give this or one target.
+        target_params: Number of parameters to reach; the smallest size not below it that equal ratios give.
+        target_macs: The same for the multiply-adds of one sample.
+        score: Which units are copied first, the highest of each coupling: ``fisher`` copies single channels by Fisher
+            information; ``random`` as Net2WiderNet does.
+        data: Batches ``(inputs, targets)`` for scores that look at gradients.
+        loss: Gives one value per sample from outputs and targets.
+        ignore: Patterns of couplings to leave as they are.
+        form: As for `morph.prune`.
+        seed: Of the random score.
+        verify: Whether to compare outputs before and after, in float64.
+
+    Raises:
+        TargetError: Not exactly one of ratio and targets, or one below the present size or out of reach.
+        NothingToGrowError: No coupling can be copied exactly; gives the first reasons.
+        TraceError, AnalysisError, EditError: As for `morph.prune`.
+        CheckFailedError: The result does not compute what the model does.
+
+    Example:
+        >>> import torch, morph
+        >>> from morph.zoo import build
+        >>> teacher = morph.widen(build("wrn-16-2"), torch.randn(2, 3, 32, 32), ratio=1.25)
+        >>> teacher.record.checks[0].passed
+        True
+    """
+    if sum(v is not None for v in (ratio, target_params, target_macs)) != 1:
+        raise TargetError("give one of ratio, target_params and target_macs")
+    analysis = analyse(model, example_inputs)
+    widener = Widener(model, example_inputs, analysis, form)
+    scores = score_units(model, list(analysis.couplings.values()), score, data=data, loss=loss, seed=seed)
+    policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
+    batch = batch_of(example_inputs)
+    if ratio is None:
+        ratio = policy.ratio_for(target_params, target_macs, batch)
+    elif ratio <= 1:
+        raise TargetError(f"ratio must be above 1, got {ratio}")
+    widened, checks, left = _carried(policy, ratio, model, example_inputs, verify=verify)
+    before = analysis.sizes()
+    after = count_sizes(analysis, widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
+    record = Record(
+        command="widen",
+        options={
+            "ratio": ratio,
+            "target_params": target_params,
+            "target_macs": target_macs,
+            "score": score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__),
+            "ignore": list(ignore),
+            "form": form,
+            "seed": seed,
+            "verify": verify,
+        },
+        plan=widened.plan,
+        before={"params": before.params, "macs": before.macs // batch},
+        after={"params": after.params, "macs": after.macs // batch},
+        checks=checks,
+        details={
+            "weight_preserving": True,
+            "verified": "outputs in evaluation mode, float64, before and after" if checks else "not verified",
+            "traced": analysis.traced,
+            "form": widened.form,
+            "why_graph": widened.why_graph,
+            "copied": {name: units.tolist() for name, units in widened.copies.items()},
+            "left": [asdict(item) for item in left],
+            "unknown_operators": dict(analysis.unknown),
+        },
+        environment=environment(model, next(iter(tensors_of(arguments_of(example_inputs))), torch.zeros(1))),
+    )
+    return Result(widened.model, record)
+
+
+class _Policy:
+    """Decides which units are copied at a ratio."""
+
+    def __init__(
+        self, analysis: Analysis, widener: Widener, scores: Mapping[str, np.ndarray], ignore: Sequence[str]
+    ) -> None:
+        self.analysis, self.widener, self.scores = analysis, widener, scores
+        self.left: list[LeftWhole] = []
+        self.free: list[str] = []
+        self.together: list[str] = []
+        for name, coupling in analysis.couplings.items():
+            norm = widener.only_together(name)
+            reason = widener.obstacle(name) or (f"{norm[1:]} runs over them" if norm.startswith("!") else "")
+            if coupling.blocks > 1:
+                reason = reason or "positions inside groups or heads; whole ones are copied"
+            if name not in scores:
+                reason = reason or "no score"
+            if any(fnmatchcase(name, pattern) for pattern in ignore):
+                reason = "asked to be left"
+            if reason:
+                self.left.append(LeftWhole(name, 0, reason))
+            else:
+                (self.together if norm else self.free).append(name)
+        if not self.free and not self.together:
+            first = self.left[0].reason if self.left else "the model has no couplings"
+            raise NothingToGrowError(
+                f"no unit can be copied exactly: {len(self.left)} couplings are left, e.g. {first}"
+            )
+
+    def copies(self, ratio: float) -> dict[str, dict[int, int]]:
+        """How often each copied unit is there at a ratio: the highest scores are copied first."""
+        found: dict[str, dict[int, int]] = {}
+        for name in self.free:
+            units = self.analysis.couplings[name].units
+            extra = round(units * (ratio - 1))
+            order = np.argsort(-self.scores[name], kind="stable")
+            counts = np.bincount(order[np.arange(extra) % units], minlength=units)
+            found[name] = {u: int(c) + 1 for u, c in enumerate(counts) if c}
+        if ratio >= 2:
+            for name in self.together:
+                found[name] = dict.fromkeys(range(self.analysis.couplings[name].units), int(ratio))
+        return {name: some for name, some in found.items() if some}
+
+    def sizes(self, ratio: float, batch: int) -> Sizes:
+        """Parameters, and multiply-adds of one sample, at a ratio."""
+        sizes = count_sizes(self.analysis, self.widener.times(self.copies(ratio)))
+        return Sizes(sizes.params, sizes.macs // batch)
+
+    def ratio_for(self, params: float | None, macs: float | None, batch: int) -> float:
+        """The smallest ratio, on a grid of a thousandth, that reaches the target.
+
+        Raises:
+            TargetError: If the target is not above the present size, or out of reach.
+        """
+        metric, target = ("params", params) if params is not None else ("macs", macs)
+        assert target is not None
+        present = getattr(self.sizes(1.0, batch), metric)
+        if target <= present:
+            raise TargetError(f"the target of {target:,.0f} {metric} is not above the present {present:,}")
+        low, high = 1000, 2000
+        while getattr(self.sizes(high / 1000, batch), metric) < target:
+            low, high = high, high * 2
+            if high > 64000:
+                reach = getattr(self.sizes(64.0, batch), metric)
+                raise TargetError(
+                    f"the target of {target:,.0f} {metric} is out of reach: 64 times as wide has {reach:,}"
+                )
+        while high - low > 1:
+            middle = (low + high) // 2
+            if getattr(self.sizes(middle / 1000, batch), metric) < target:
+                low = middle
+            else:
+                high = middle
+        return high / 1000
+
+
+def _carried(
+    policy: _Policy, ratio: float, model: nn.Module, inputs: Inputs, *, verify: bool
+) -> tuple[Widened, tuple[Check, ...], list[LeftWhole]]:
+    """Widen and check; if reshaped couplings turn out not to be exact, once more without them."""
+    wanted = policy.copies(ratio)
+    left = list(policy.left)
+    if not wanted:
+        raise NothingToGrowError(
+            f"nothing to copy at ratio {ratio}: {len(policy.together)} couplings need a whole ratio of 2 or more"
+        )
+    if ratio < 2:
+        left += [
+            LeftWhole(name, 0, f"{policy.widener.only_together(name)} runs over them: exact from a ratio of 2 on")
+            for name in policy.together
+        ]
+    widened = policy.widener.widen(wanted)
+    if not verify or any(p.device.type == "meta" for p in model.parameters()):
+        return widened, (), [*left, *widened.left]
+    check = check_growth(widened, model, inputs)
+    shared = [name for name in widened.copies if policy.analysis.couplings[name].overlaps]
+    if not check.passed and shared:
+        rest = {name: some for name, some in wanted.items() if name in widened.copies and name not in shared}
+        if not rest:
+            raise EditError("no copies are exact: all couplings are reshaped in ways in which copies do not line up")
+        left += [LeftWhole(n, len(wanted[n]), "copies do not line up after its reshapes (measured)") for n in shared]
+        left += widened.left
+        widened = policy.widener.widen(rest)
+        check = check_growth(widened, model, inputs)
+    require((check,))
+    return widened, (check,), [*left, *widened.left]
+
+
+def _times(policy: _Policy, name: str, ratio: float, widened: Widened) -> dict[int, int]:
+    """How often the units of a coupling are there in what was carried out."""
+    every = policy.copies(ratio)[name]
+    return {int(u): every[int(u)] for u in widened.copies[name]}
