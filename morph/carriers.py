@@ -105,7 +105,8 @@ class Carrier:
         constants, misfit = self.graph.fit(edits, groups)
         if misfit is not None:
             return misfit
-        everything: list[Edit] = [UseGraph("symbolic"), *edits, *groups, *constants]
+        used = [e for e in edits if e.tensor in self.graph.state.recording.sources]
+        everything: list[Edit] = [UseGraph("symbolic"), *used, *groups, *constants]
         return Plan(tuple(everything))
 
     def siblings(self, name: str, chosen: Collection[str]) -> list[str]:

@@ -45,10 +45,6 @@ class ProbeError(MorphError):
     """A Fisher probe received no gradient, or the loss is not one finite value per sample."""
 
 
-class ScoreError(MorphError):
-    """A score is unknown, needs data, or is not one finite number for each unit."""
-
-
 class NothingToGrowError(MorphError):
     """The model has nothing that the chosen move can change."""
 

@@ -8,18 +8,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Value, skeleton
+from morph.analysis.recording import Call, Inputs, Value
 from morph.analysis.tags import operator_name, values_in
 from morph.plan import Resize, SetAttribute
 from morph.resizing import resized, set_attributes
 
 _TRIES = 60
+_aten = torch.ops.aten
+_LAYOUT = {
+    _aten.clone,
+    _aten.alias,
+    _aten.detach,
+    _aten.view,
+    _aten._unsafe_view,
+    _aten.expand,
+    _aten.squeeze,
+    _aten.unsqueeze,
+    _aten._reshape_alias,
+    _aten.transpose,
+    _aten.permute,
+}
 _SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
 
 
@@ -63,7 +78,7 @@ class Fitter:
     def __init__(self, model: nn.Module, inputs: Inputs, analysis: Analysis) -> None:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
-        self.base = skeleton(model) if self.traced == "shapes" else copy.deepcopy(model).eval()
+        self.base = analysis.recording.skeleton or copy.deepcopy(model).eval()
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
@@ -107,17 +122,23 @@ class Fitter:
         finally:
             set_attributes(cut, [SetAttribute(e.module, e.attribute, e.new, e.value) for e in reversed(attributes)])
         expected = self.analysis.recording.calls
-        for number, (old, new) in enumerate(zip(expected, recording.calls, strict=False)):
-            reason = self._differs(old, new, times)
-            if reason:
-                return Misfit(number, new.module or old.module, reason)
+        at = 0
+        for new in recording.calls:
+            at = _same_step(expected, at, new)
+            if at == len(expected):
+                break
+            if new.target != expected[at].target and _layout_only(new):
+                continue
+            reason = self._differs(expected[at], new, times)
+            if reason and not _layout_only(new):
+                return Misfit(at, new.module or expected[at].module, reason)
+            at += 1
         if error is not None:
-            number = min(len(recording.calls), len(expected) - 1)
+            number = min(at, len(expected) - 1)
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Misfit(number, path or expected[number].module, lines[0])
-        if len(recording.calls) != len(expected):
-            number = min(len(recording.calls), len(expected)) - 1
-            return Misfit(number, expected[number].module, "the code takes another way")
+        if not all(map(_layout_only, expected[at:])):
+            return Misfit(at, expected[at].module, "the code takes another way")
         return None
 
     def _differs(self, old: Call, new: Call, times: Labels) -> str:
@@ -183,6 +204,20 @@ class Fitter:
         for path, table in votes.items():
             result[path] = {a: counter.most_common(1)[0][0] for a, counter in table.items()}
         return result
+
+
+def _layout_only(call: Call) -> bool:
+    """Whether a call gives back its input in another layout: such calls come and go with sizes of one."""
+    return isinstance(call.target, torch._ops.OpOverload) and call.target.overloadpacket in _LAYOUT
+
+
+def _same_step(expected: Sequence[Call], at: int, new: Call) -> int:
+    """The next expected call that ``new`` can be: past calls that only lay out, if it is none itself."""
+    while at < len(expected) and expected[at].target != new.target and _layout_only(expected[at]):
+        if _layout_only(new) and expected[at].target != _aten.clone.default:
+            break
+        at += 1
+    return at
 
 
 def _floats(tree: Any) -> list[float]:

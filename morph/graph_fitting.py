@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from morph.analysis.atoms import Labels
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
-from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton
+from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton, without_data
 from morph.analysis.table import RULES
 from morph.fitting import Misfit
 from morph.graphs import graph_of, set_slot, slots, split_at
@@ -37,7 +37,7 @@ class GraphFitter:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.inputs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
+        self.inputs = pytree.tree_map_only(Tensor, without_data, inputs)
         self.graph = graph_of(skeleton(model))
         recording, self.values = record_nodes(self.graph, self.inputs)
         self.state: Propagation = propagate(recording, RULES)
@@ -47,7 +47,9 @@ class GraphFitter:
         atoms = self.state.atoms
         times = np.ones(atoms.count, np.int64)
         for edit in edits:
-            value = self.state.recording.sources[edit.tensor]
+            value = self.state.recording.sources.get(edit.tensor)
+            if value is None:  # the graph does not use it
+                continue
             counts = np.bincount(np.array(edit.index, np.int64), minlength=edit.size)
             times[atoms.find(self.state.tag(value).axes[edit.axis])] = counts
         for relation in self.state.relations:
@@ -68,7 +70,7 @@ class GraphFitter:
     ) -> tuple[list[SetConstant | SplitAt], Misfit | None]:
         """Find the constants with which the graph carries the new sizes."""
         times = self.times(edits)
-        cut = resized(self.graph, edits)
+        cut = resized(self.graph, [e for e in edits if e.tensor in self.state.recording.sources])
         assert isinstance(cut, fx.GraphModule)
         set_attributes(cut, groups)
         made = _Refit(self, cut, times)

@@ -18,7 +18,7 @@ from morph.couplings import Choice, Coupling
 from morph.errors import TargetError
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
-from morph.selection import Heads, Limits, Normalise, Ranking, choose_units, schedule
+from morph.selection import Heads, Normalise, Ranking, choose_units, matches, schedule
 from morph.surgery import Result, environment
 from morph.unit_scores import Score, score_units
 from morph.verify import require
@@ -140,8 +140,8 @@ def _step(
     form: Form,
 ) -> Removed:
     """Score, choose and cut once."""
-    couplings = list(analysis.couplings.values())
-    scores = score_units(model, couplings, asked.score, data=data, loss=loss, seed=asked.seed)
+    couplings = [c for c in analysis.couplings.values() if not matches(c, asked.ignore)]
+    scores = score_units(model, couplings, asked.score, inputs=inputs, data=data, loss=loss, seed=asked.seed)
     batch = batch_of(inputs)
     choice = choose_units(
         couplings,
@@ -151,8 +151,11 @@ def _step(
         target_params=asked.target_params,
         target_macs=asked.target_macs,
         ranking=asked.ranking,
+        minimum=asked.minimum,
+        multiple=asked.multiple,
         normalise=asked.normalise,
-        limits=Limits(asked.minimum, asked.multiple, tuple(asked.ignore), asked.heads, asked.ratios),
+        ratios=asked.ratios,
+        heads=asked.heads,
     )
     return Remover(model, inputs, analysis, form).remove(repaired(analysis, choice, scores))
 

@@ -182,7 +182,7 @@ class _Levels:
         queues: The couplings.
         counts: How many units of each go at a level.
         highest: The last level; level 0 drops nothing.
-        share: Whether a level stays within a ratio.
+        within: Whether a level stays within a ratio.
     """
 
     def __init__(
@@ -311,9 +311,10 @@ def _check_options(
     for text, value in (("minimum", minimum), ("multiple", multiple)):
         if value < 1:
             raise TargetError(f"{text} must be at least 1, got {value}")
-    for option, allowed in ((ranking, get_args(Ranking)), (heads, get_args(Heads)), (normalise, get_args(Scale))):
-        if option not in allowed and option is not None:
-            raise TargetError(f"{option!r} is not one of {', '.join(allowed)}")
+    scales = (None, *get_args(Scale))
+    for option, allowed in ((ranking, get_args(Ranking)), (heads, get_args(Heads)), (normalise, scales)):
+        if option not in allowed:
+            raise TargetError(f"{option!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def _check_goal(

@@ -36,13 +36,14 @@ def score_units(
     * ``l1``, ``l2``: the magnitude of everything that the unit's parameters produce, scale and read: for each place
       the sum of ``|w|**p`` over the unit's slice (for ``l2`` the squared norm, no root), the mean over places, divided
       by the mean over the coupling's units. Buffers and, where there is anything else, biases do not count. These are
-      the defaults of Torch-Pruning's ``GroupMagnitudeImportance`` (Fang et al., "DepGraph", CVPR 2023). All units of
-      a coupling without parameters score one.
+      the defaults of Torch-Pruning's ``GroupMagnitudeImportance`` (Fang et al., "DepGraph", CVPR 2023).
     * ``bn``: ``|gamma|`` of the BatchNorm weights that the unit lies on, their mean if there are several (Liu et al.,
       "Network Slimming", ICCV 2017). Not scaled between couplings.
     * ``taylor``, ``fisher``: see `morph.unit_gradients.taylor_scores` and `morph.unit_gradients.fisher_scores`.
     * ``random``: uniform in [0, 1).
     * A callable: ``f(model, coupling)`` gives one number per unit.
+
+    By weights or gradients, the units of a coupling that lies on buffers alone score one.
 
     Args:
         model: Not touched, unless a callable does.
@@ -73,8 +74,7 @@ def score_units(
         generator = torch.Generator().manual_seed(seed)
         scores = {c.name: torch.rand(c.units, generator=generator, dtype=torch.float64) for c in found}
     elif score in ("taylor", "fisher"):
-        by_gradient = taylor_scores if score == "taylor" else fisher_scores
-        scores = by_gradient(model, found, _batches(score, inputs, data, loss), loss or cross_entropy)
+        scores = _by_gradient(model, found, score, _batches(score, inputs, data, loss), loss or cross_entropy)
     else:
         raise ProbeError(f"score {score!r} is not one of {', '.join(get_args(ScoreName))}, nor a callable")
     for name, values in scores.items():
@@ -98,6 +98,16 @@ def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict
         mean = total.mean()
         scores[coupling.name] = total / mean if mean > 0 else total
     return scores
+
+
+def _by_gradient(
+    model: nn.Module, couplings: Sequence[Coupling], score: str, batches: Iterable[Batch], loss: Loss
+) -> dict[str, Tensor]:
+    """Taylor or Fisher scores; ones where there is no parameter."""
+    parameters = dict(model.named_parameters())
+    judged = [c for c in couplings if parameter_places(c, parameters)]
+    found = (taylor_scores if score == "taylor" else fisher_scores)(model, judged, batches, loss) if judged else {}
+    return {c.name: found.get(c.name, torch.ones(c.units, dtype=torch.float64)) for c in couplings}
 
 
 def _is_bias(name: str) -> bool:

@@ -79,7 +79,9 @@ def widen(
         raise TargetError("give one of ratio, target_params and target_macs")
     analysis = analyse(model, example_inputs)
     widener = Widener(model, example_inputs, analysis, form)
-    scores = score_units(model, list(analysis.couplings.values()), score, data=data, loss=loss, seed=seed)
+    scores = score_units(
+        model, list(analysis.couplings.values()), score, inputs=example_inputs, data=data, loss=loss, seed=seed
+    )
     policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
     batch = batch_of(example_inputs)
     if ratio is None:
@@ -135,8 +137,6 @@ class _Policy:
             reason = widener.obstacle(name) or (f"{norm[1:]} runs over them" if norm.startswith("!") else "")
             if coupling.blocks > 1:
                 reason = reason or "positions inside groups or heads; whole ones are copied"
-            if name not in scores:
-                reason = reason or "no score"
             if any(fnmatchcase(name, pattern) for pattern in ignore):
                 reason = "asked to be left"
             if reason:

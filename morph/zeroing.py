@@ -38,7 +38,18 @@ class _Lifted(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*_lifted(args), **_lifted(kwargs or {}))
+        return _kernel(func)(*_lifted(args), **_lifted(kwargs or {}))
+
+
+def _kernel(func: Any) -> Any:
+    """An operator, or what stands in for one that has no float64."""
+    return _grouped_product if func is torch.ops.aten._grouped_mm.default else func
+
+
+def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Rows ``[T, K]`` times the matrix of their expert ``[E, K, N]``; expert ``e`` has the rows up to ``offsets[e]``."""
+    rows = x.tensor_split(offsets[:-1].cpu().long())
+    return torch.cat([part @ w[expert].to(part) for expert, part in enumerate(rows)])
 
 
 def _lifted(tree: Any) -> Any:
@@ -155,15 +166,13 @@ class _Run:
         args, kwargs = pytree.tree_map(real, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value))
         args = self._masked(number, call, args)
         statistic = next((s for s in self.statistics[number] if self._cut(s.labels)), None)
-        target = torch.ops.aten.reshape.default if call.target in _VIEWS else call.target
+        target = torch.ops.aten.reshape.default if call.target in _VIEWS else _kernel(call.target)
         output = (
             target(*args, **kwargs)
             if statistic is None
             else _over_kept(statistic, call, args, kwargs, self._kept_positions(statistic), self._groups(number))
         )
-        made = [output] if isinstance(call.output, Value) else output
-        wanted = [call.output] if isinstance(call.output, Value) else call.output
-        for value, tensor in zip(wanted or [], made or [], strict=False):
+        for value, tensor in zip(pytree.tree_leaves(call.output), pytree.tree_leaves(output), strict=False):
             if isinstance(value, Value):
                 env[value.number] = tensor
 

@@ -69,12 +69,13 @@ class Analysis:
 
     def free(self) -> float:
         """Share of all parameters that lie on at least one unit."""
-        held = np.unique(self.units.atom)
+        held = np.zeros(self.state.atoms.count, bool)
+        held[self.units.atom] = True
         free = total = 0
         for name, value in self.recording.sources.items():
             if name in self.parameters and 0 not in value.shape:
                 size = int(np.prod(value.shape))
-                kept = np.prod([int((~np.isin(r, held)).sum()) for r in self.roots(value)] or [size])
+                kept = np.prod([int((~held[r]).sum()) for r in self.roots(value)] or [size])
                 total, free = total + size, free + size - int(kept)
         return free / total if total else 0.0
 

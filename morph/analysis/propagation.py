@@ -215,6 +215,8 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
     """
     state = _once(recording, rules, {})
     for _ in range(passes - 1):
+        if not state.relations:
+            break
         frozen = {key: state.atoms.find(labels) == 0 for key, labels in state.fresh_labels.items()}
         done = state.frozen_before
         if frozen.keys() == done.keys() and all(np.array_equal(v, done[k]) for k, v in frozen.items()):

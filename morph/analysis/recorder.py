@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from morph.analysis.recording import (
     plain_attention,
     skeleton,
     tensors_of,
+    without_data,
 )
 from morph.errors import TraceError
 from morph.tracing import place_of
@@ -48,13 +49,17 @@ def record(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Any
     """
     no_data = any(t.device.type == "meta" for t in model.parameters())
     try:
-        meta = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), inputs)
-        recorder = _Recorder(skeleton(model), "shapes", whole or {})
+        meta = pytree.tree_map_only(Tensor, without_data, inputs)
+        bare = skeleton(model)
+        recorder = _Recorder(bare, "shapes", whole or {})
         recorder.needs_data = not no_data
-        return recorder.run(meta)
+        recording = recorder.run(meta)
+        recording.skeleton = bare
     except Exception as shapes_only:
         if no_data:
             raise _refused(model, inputs, shapes_only) from shapes_only
+    else:
+        return recording
     try:
         own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
         return _Recorder(copy.deepcopy(model).eval(), "data", whole or {}).run(own)
@@ -97,7 +102,7 @@ def rerun(model: nn.Module, inputs: Inputs, traced: How) -> tuple[Recording, str
     Returns:
         The recording, the path of the module in which it ended, and the error that ended it, if one did.
     """
-    form = (lambda t: torch.empty_like(t, device="meta")) if traced == "shapes" else Tensor.detach
+    form = without_data if traced == "shapes" else Tensor.detach
     recorder = _Recorder(model, traced, {})
     try:
         recorder.run(pytree.tree_map_only(Tensor, form, inputs))
@@ -186,7 +191,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         written = not self.silent
-        before = pytree.tree_map(self._replace, (args, kwargs)) if written else ((), {})
+        before = _each((args, kwargs), self._value) if written else ((), {})
         output = _run(func, _one_device(args), _one_device(kwargs))
         if written:
             self._write(func, before[0], before[1], output, self.stack[-1], ready=True)
@@ -196,18 +201,13 @@ class _Recorder(TorchDispatchMode):
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str, ready: bool = False
     ) -> None:
         if not ready:
-            args, kwargs = pytree.tree_map(self._replace, (args, kwargs))
-        result = pytree.tree_map(self._result, output)
+            args, kwargs = _each((args, kwargs), self._value)
+        result = _each(output, self._result)
         self.recording.calls.append(Call(target, args, kwargs, result, path, _frame()))
 
-    def _replace(self, leaf: Any) -> Any:
-        return self._value(leaf) if isinstance(leaf, Tensor) else leaf
-
-    def _result(self, leaf: Any) -> Any:
+    def _result(self, leaf: Tensor) -> Value:
         """The value of an output: the one it has, if an operator in place gave back its argument unchanged in form."""
-        if not isinstance(leaf, Tensor):
-            return leaf
-        known = getattr(leaf, "_morph_value", None)
+        known: Value | None = getattr(leaf, "_morph_value", None)
         if known is not None and known.shape == tuple(leaf.shape):
             return known
         return self._set(leaf, self.recording.new(leaf))
@@ -260,10 +260,22 @@ _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _ate
 
 def _one_device(tree: Any) -> Any:
     """Where tensors without data meet others, take the data off the others."""
-    tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-    if not any(t.device.type == "meta" for t in tensors):
+    kinds: set[bool] = set()
+    _each(tree, lambda t: kinds.add(t.device.type == "meta"))
+    if len(kinds) < 2:
         return tree
-    return pytree.tree_map_only(Tensor, lambda t: t if t.device.type == "meta" or t.dim() == 0 else t.to("meta"), tree)
+    return _each(tree, lambda t: t if t.device.type == "meta" or t.dim() == 0 else t.to("meta"))
+
+
+def _each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The arguments of an operator with ``change`` applied to every tensor; operators take no deeper structures."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([_each(item, change) for item in tree])
+    if type(tree) is dict:
+        return {key: _each(item, change) for key, item in tree.items()}
+    return tree
 
 
 def _outputs(output: Any) -> list[Tensor]:

@@ -79,6 +79,7 @@ class Recording:
         values: Every value, by number.
         traced: Whether the run had shapes only, or data.
         shared: Names of parameters or buffers that share memory with another one of a different form.
+        skeleton: The copy without data that was run, if there is one.
     """
 
     sources: dict[str, Value] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Recording:
     values: list[Value] = field(default_factory=list)
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
+    skeleton: nn.Module | None = None
 
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""
@@ -129,6 +131,13 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def without_data(tensor: Tensor) -> Tensor:
+    """A tensor of the same form without data; whole numbers keep theirs: they are small, and code may look at them."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.device.type == "meta":
+        return torch.empty_like(tensor, device="meta")
+    return tensor.detach().cpu().clone()
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in evaluation mode whose floating-point tensors have shapes but no data.
 
@@ -141,10 +150,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-        elif tensor.is_floating_point() or tensor.is_complex():
-            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
         else:
-            memo[id(tensor)] = tensor.detach().cpu().clone() if tensor.device.type != "meta" else tensor
+            memo[id(tensor)] = without_data(tensor)
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:

@@ -88,6 +88,14 @@ def _(
     return Tag((*tag.axes[:2], *(np.zeros(k, np.int64) for k in x.shape[2:])))
 
 
+@on(aten._weight_norm_interface)
+def _(op: Propagation, v: Value, g: Value, axis: int = 0) -> list[Tag]:
+    tag = op.tag(v)
+    op.same(tag.axes[axis], op.tag(g).axes[axis])
+    op.statistic(v, [a for a in range(len(v.shape)) if a != axis])
+    return [tag, op.tag(g)]
+
+
 @on(aten._softmax, aten._log_softmax, aten._safe_softmax, aten.softmax, aten.log_softmax)
 def _(op: Propagation, x: Value, axis: int, *_: Any, **__: Any) -> Tag:
     if x.shape:
