@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from morph.analysis import Analysis as Analysis
     from morph.analysis import analyse as analyse
+    from morph.analysis.user_rules import rule as rule
+    from morph.checkpoints import edit_checkpoint as edit_checkpoint
     from morph.counts import count as count
     from morph.couplings import Coupling as Coupling
     from morph.deepening import deepen as deepen
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from morph.plan import Record as Record
     from morph.plan import load_plan as load_plan
     from morph.pruning import prune as prune
+    from morph.rule_checks import check_rule as check_rule
+    from morph.states import carry_model as carry_model
+    from morph.states import move_scheduler as move_scheduler
+    from morph.states import transplant as transplant
     from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
@@ -36,6 +42,12 @@ _HOMES = {
     "deepen": "morph.deepening",
     "substitute": "morph.substitution",
     "Coupling": "morph.couplings",
+    "rule": "morph.analysis.user_rules",
+    "check_rule": "morph.rule_checks",
+    "transplant": "morph.states",
+    "move_scheduler": "morph.states",
+    "carry_model": "morph.states",
+    "edit_checkpoint": "morph.checkpoints",
     "count": "morph.counts",
     "draw": "morph.drawing",
     "expand": "morph.expansion",

@@ -150,7 +150,10 @@ class Widener:
                 index = layout.index(labels)
                 scale: tuple[float, ...] = ()
                 if (name, axis) in self.readings:
-                    scale = tuple((1.0 / np.bincount(index, minlength=len(labels))[index]).tolist())
+                    read = np.bincount(index, minlength=len(labels))
+                    group = self.readings[name, axis]
+                    read = read if group is None else read // times[group]
+                    scale = tuple((1.0 / read[index]).tolist())
                 found.append(Resize(name, axis, len(labels), tuple(index.tolist()), scale))
         return found
 

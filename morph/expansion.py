@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from morph.batches import Batch, Data, choose_target, describe_data, stream_batches
 from morph.blocks import Cell, find_cells
 from morph.counts import Counts, count
-from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError
-from morph.images import LabelledImages
+from morph.errors import CheckFailedError, NothingToGrowError, TargetError
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
 from morph.scores import FisherProbe, Loss, cross_entropy
 from morph.surgery import Result, environment, operate, promise, sizes
 from morph.tracing import Trace, trace
-
-Batch = tuple[Tensor, Tensor]
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """Data that gives batches for ever, in an order that the seed decides."""
-
-    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield ``(inputs, targets)``."""
-
-
-Data = Batches | Batch | Iterable[Batch]
 
 
 def expand(
@@ -91,16 +77,17 @@ def expand(
         >>> teacher.record.after["params"]
         1428452
     """
-    metric, target = _target(target_params, target_macs)
+    metric, target = choose_target(target_params, target_macs)
     for value, allowed in ((policy, get_args(Policy)), (fit, get_args(Fit))):
         if value not in allowed:
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
-    stream = _stream(data, batch_size, seed, next(model.parameters()).device)
+    stream = stream_batches(data, batch_size, seed, next(model.parameters()).device)
     batch = next(stream)
     traced = trace(model, batch[0][:2])
     cells = find_cells(traced, at)
     before = count(model, batch[0][:1])
-    convs, left = _growable(traced, cells, before)
+    convs, left = find_growable(traced, cells, before)
+    _check_growable(convs, left)
     ledger = Ledger(convs, before.params, before.macs)
     prober = _Prober(FisherProbe(traced, cells, loss), batch, stream, reuse=reuse_scores)
     steps = decide(ledger, policy, metric, target, fit=fit, seed=seed, probe=prober, on_step=on_step)
@@ -125,7 +112,7 @@ def expand(
         after=sizes(done.counts),
         checks=done.checks,
         details=_details(steps, cells, convs, left, prober, metric, target) | {"verified": promise(done.checks, plan)},
-        environment={**environment(model, batch[0]), "data": _description(data)},
+        environment={**environment(model, batch[0]), "data": describe_data(data)},
     )
     return Result(done.model, record)
 
@@ -156,51 +143,8 @@ class _Prober:
         return self.totals[cell] / self.passes if self.passes else None
 
 
-def _target(params: float | None, macs: float | None) -> tuple[Metric, int]:
-    """Which size is meant."""
-    if params is not None and macs is None:
-        return "params", round(params)
-    if macs is not None and params is None:
-        return "macs", round(macs)
-    raise TargetError("give one target: a number of parameters or a number of multiply-adds")
-
-
-def _stream(data: Data, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Batches for ever, on the model's device."""
-    for batch in _batches(data, batch_size, seed):
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-            raise DataError(f"a batch must be a pair of tensors (inputs, targets), got {type(batch).__name__}")
-        yield batch[0].to(device), batch[1].to(device)
-
-
-def _batches(data: Data, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches for ever, from any of the forms of data."""
-    if isinstance(data, Batches):
-        yield from data.batches(batch_size, seed)
-        return
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
-        yield from _shuffled(data[0], data[1], batch_size, seed)
-    while True:
-        empty = True
-        for batch in data:
-            empty = False
-            yield batch  # type: ignore[misc]  # a pair of tensors was dealt with above; _stream checks the rest
-        if empty:
-            raise DataError("the data gave no batch (an iterator can be used only once: give a list or a DataLoader)")
-
-
-def _shuffled(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches for ever, in a new random order each time round."""
-    if len(inputs) != len(targets) or not len(inputs):
-        raise DataError(f"{len(inputs)} inputs and {len(targets)} targets; there must be as many, and at least one")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for pick in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(batch_size):
-            yield inputs[pick], targets[pick]
-
-
-def _growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple[dict[str, list[Grouped]], list[Left]]:
-    """The convolutions of each cell that can grow, and what is left whole."""
+def find_growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple[dict[str, list[Grouped]], list[Left]]:
+    """The convolutions of each cell whose groups can be merged exactly, and those that are left whole, with why."""
     names, left = grouped_convolutions(traced)
     owner = {module: cell.name for cell in cells for module in cell.modules}
     left += [Left(name, "outside every probed cell; probe it with --at") for name in names if name not in owner]
@@ -211,12 +155,17 @@ def _growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple[dic
             assert isinstance(conv, _ConvNd)
             macs = counts.by_module[name].macs
             convs[owner[name]].append(Grouped(name, conv.groups, tuple(conv.weight.shape), conv.weight.numel(), macs))
+    return convs, left
+
+
+def _check_growable(convs: Mapping[str, Sequence[Grouped]], left: Sequence[Left]) -> None:
+    """Refuse a model in which nothing can be merged."""
     if not any(convs.values()):
         why = f" ({len(left)} left whole, the first: {left[0].name}: {left[0].reason})" if left else ""
         raise NothingToGrowError(
-            f"the model has no grouped convolution that can be merged in its cells{why}; widening is another move"
+            f"the model has no grouped convolution that can be merged in its cells{why}; widening is another move "
+            "(--move widen, or morph.widen)"
         )
-    return convs, left
 
 
 def _check_size(after: Counts, last: Step) -> None:
@@ -277,10 +226,3 @@ def _row(name: str, convs: Sequence[Grouped], final: Mapping[str, int], score: f
         "params_added": sum(conv.params * (conv.groups // after[conv.module] - 1) for conv in convs),
         "convolutions": len(convs),
     }
-
-
-def _description(data: Data) -> Mapping[str, object]:
-    """What the record says of the data."""
-    if isinstance(data, LabelledImages):
-        return data.describe()
-    return {"source": type(data).__name__}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ _LAYOUT = {
     _aten.transpose,
     _aten.permute,
 }
+_COPIES = {_aten.clone, _aten.alias, _aten.detach}
 _SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
 
 
@@ -118,20 +119,26 @@ class Fitter:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         set_attributes(cut, attributes)
         try:
-            recording, path, error = rerun(cut, self.inputs, self.traced)
+            recording, path, error = rerun(cut, self.inputs, self.traced, self.analysis.recording.whole)
         finally:
             set_attributes(cut, [SetAttribute(e.module, e.attribute, e.new, e.value) for e in reversed(attributes)])
-        expected = self.analysis.recording.calls
-        at = 0
-        for new in recording.calls:
+        recorded = self.analysis.recording
+        expected = recorded.calls[: recorded.evaluated]
+        at = start = begun = 0
+        for number, new in enumerate(recording.calls):
             at = _same_step(expected, at, new)
-            if at == len(expected):
+            if at == len(expected) and _layout_only(new):
                 break
-            if new.target != expected[at].target and _layout_only(new):
+            if at < len(expected) and new.target != expected[at].target and _layout_only(new):
                 continue
-            reason = self._differs(expected[at], new, times)
-            if reason and not _layout_only(new):
-                return Misfit(at, new.module or expected[at].module, reason)
+            if not _layout_only(new):
+                misfit = self._laid_out(start, expected[start:at], recording.calls[begun:number], times)
+                if misfit is not None:
+                    return misfit
+                reason = self._differs(expected[at] if at < len(expected) else None, new, times)
+                if reason:
+                    return Misfit(min(at, len(expected) - 1), new.module, reason)
+                start, begun = at + 1, number + 1
             at += 1
         if error is not None:
             number = min(at, len(expected) - 1)
@@ -139,10 +146,28 @@ class Fitter:
             return Misfit(number, path or expected[number].module, lines[0])
         if not all(map(_layout_only, expected[at:])):
             return Misfit(at, expected[at].module, "the code takes another way")
+        return self._laid_out(start, expected[start:], recording.calls[begun:], times)
+
+    def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
+        """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
+        expected = [(start + i, c) for i, c in enumerate(old) if not _plain_copy(c)]
+        wanted = [_long_axes(self.shape(v, times)) for _, c in expected for v in values_in(c.output)]
+        calls = [c for c in new if not _plain_copy(c)]
+        for number, call in enumerate(calls):
+            for value in values_in(call.output):
+                got = _long_axes(value.shape)
+                if len(calls) != len(wanted) and got not in wanted:
+                    reason = f"{operator_name(call.target)} gives shape {value.shape}, expected another"
+                    return Misfit(start, call.module, reason)
+                if len(calls) == len(wanted) and got != wanted[number]:
+                    reason = f"{operator_name(call.target)} gives shape {value.shape}, expected {wanted[number]}"
+                    return Misfit(expected[number][0], call.module, reason)
         return None
 
-    def _differs(self, old: Call, new: Call, times: Labels) -> str:
+    def _differs(self, old: Call | None, new: Call, times: Labels) -> str:
         """Why a call is not the one expected; empty if it is."""
+        if old is None:
+            return f"{operator_name(new.target)} is called, nothing was expected"
         if old.target != new.target:
             return f"{operator_name(new.target)} is called, {operator_name(old.target)} was expected"
         outputs = list(zip(values_in(old.output), values_in(new.output), strict=False))
@@ -211,6 +236,16 @@ def _layout_only(call: Call) -> bool:
     return isinstance(call.target, torch._ops.OpOverload) and call.target.overloadpacket in _LAYOUT
 
 
+def _plain_copy(call: Call) -> bool:
+    """Whether a call gives back its input in the same shape; how often that happens depends on memory."""
+    return isinstance(call.target, torch._ops.OpOverload) and call.target.overloadpacket in _COPIES
+
+
+def _long_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without its axes of one."""
+    return tuple(n for n in shape if n != 1)
+
+
 def _same_step(expected: Sequence[Call], at: int, new: Call) -> int:
     """The next expected call that ``new`` can be: past calls that only lay out, if it is none itself."""
     while at < len(expected) and expected[at].target != new.target and _layout_only(expected[at]):
@@ -241,8 +276,8 @@ def _whole_attributes(module: nn.Module) -> list[str]:
     return found
 
 
-def _new_size(value: Any, sizes: dict[int, int]) -> int | tuple[int, ...] | None:
+def _new_size(value: int | tuple[int, ...] | None, sizes: Mapping[int, int]) -> int | tuple[int, ...] | None:
     """What becomes of a size, or of a tuple of sizes."""
     if isinstance(value, tuple):
-        return tuple(sizes[v] if v in sizes else v for v in value)
+        return tuple(sizes.get(v, v) for v in value)
     return sizes.get(value) if isinstance(value, int) else None

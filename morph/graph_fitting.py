@@ -183,12 +183,13 @@ class _Refit(fx.Interpreter):
         """Where the last constants spell the shape of the output, axis by axis."""
         new = self._shape(value)
         rank = len(value.shape)
-        ordered = [(slot, v) for slot, v in ((s, self._old(x)) for s, x in slots(n)) if isinstance(v, int)][-rank:]
-        if len(ordered) == rank and all(v in (-1, old) for (_, v), old in zip(ordered, value.shape, strict=True)):
+        places = [(slot, v, self._old(v)) for slot, v in slots(n)]
+        last = [place for place in places if isinstance(place[2], int)][-rank:]
+        if len(last) == rank and all(old in (-1, k) for (_, _, old), k in zip(last, value.shape, strict=True)):
             trial: list[SetConstant | SplitAt] = [
                 SetConstant(n.name, slot, size)
-                for (slot, v), size, old in zip(ordered, new, value.shape, strict=True)
-                if v != -1 and size != old
+                for (slot, v, old), size in zip(last, new, strict=True)
+                if old != -1 and size != (self.env[v] if isinstance(v, fx.Node) else v)
             ]
             if trial:
                 yield trial

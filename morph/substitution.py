@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from morph.batches import Batch, Data, choose_target, describe_data, stream_batches
 from morph.configurations import Drawn, Site, draw_configurations, find_sites
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError, DataError, EditError, ProbeError
-from morph.expansion import Batch, Data, _description, _stream, _target
 from morph.passes.cheap_blocks import STANDARD, make_block
 from morph.passes.regroup import Left
 from morph.plan import Plan, Record, Substitute
@@ -107,10 +107,10 @@ def substitute(
         >>> 292_500 <= student.record.after["params"] <= 307_500
         True
     """
-    metric, target = _target(target_params, target_macs)
+    metric, target = choose_target(target_params, target_macs)
     if seed < 0:
         raise EditError(f"a seed of {seed}; give 0 or more")
-    batch = next(_stream(data, batch_size, seed, next(model.parameters()).device))
+    batch = next(stream_batches(data, batch_size, seed, next(model.parameters()).device))
     if len(batch[0]) < 2:
         raise DataError("one sample is too few: the ranking normalises by the statistics of its batch; give two")
     traced = trace(model, batch[0][:2])
@@ -140,7 +140,7 @@ def substitute(
         after=sizes(after),
         checks=(),
         details=_details(sites, left, drawn, ranked, best, metric, target),
-        environment={**environment(model, batch[0]), "data": _description(data)},
+        environment={**environment(model, batch[0]), "data": describe_data(data)},
     )
     return Result(student, record)
 

@@ -13,7 +13,7 @@ from morph.couplings import Coupling
 from morph.errors import ProbeError
 from morph.scores import cross_entropy
 from morph.unit_gradients import Batch, Loss, fisher_scores, taylor_scores
-from morph.unit_slices import parameter_places, unit_sums
+from morph.unit_slices import gather_units, parameter_places, unit_sums
 
 ScoreName = Literal["l1", "l2", "bn", "taylor", "fisher", "random"]
 Score = ScoreName | Callable[[nn.Module, Coupling], Tensor]
@@ -90,9 +90,7 @@ def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict
         places = parameter_places(coupling, parameters)
         places = [place for place in places if not _is_bias(place.tensor)] or places
         sums = [
-            unit_sums(w.abs() if p == 1 else w.square(), place)
-            for place in places
-            for w in [parameters[place.tensor].detach().double()]
+            gather_units(_powers(parameters[place.tensor].detach(), place.axis, p), place.positions) for place in places
         ]
         total = torch.stack(sums).mean(0) if sums else torch.ones(coupling.units, dtype=torch.float64)
         mean = total.mean()
@@ -108,6 +106,15 @@ def _by_gradient(
     judged = [c for c in couplings if parameter_places(c, parameters)]
     found = (taylor_scores if score == "taylor" else fisher_scores)(model, judged, batches, loss) if judged else {}
     return {c.name: found.get(c.name, torch.ones(c.units, dtype=torch.float64)) for c in couplings}
+
+
+def _powers(weight: Tensor, axis: int, p: int) -> Tensor:
+    """The sum of ``|w|**p`` at each position of an axis, in float64."""
+    others = [a for a in range(weight.dim()) if a != axis]
+    if not others:
+        return weight.double().abs() ** p
+    norms: Tensor = torch.linalg.vector_norm(weight, p, others, dtype=torch.float64)
+    return norms**p
 
 
 def _is_bias(name: str) -> bool:

@@ -47,7 +47,7 @@ def _kernel(func: Any) -> Any:
 
 
 def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Rows ``[T, K]`` times the matrix of their expert ``[E, K, N]``; expert ``e`` has the rows up to ``offsets[e]``."""
+    """Rows ``[T, K]`` times the matrix ``[E, K, N]`` of their expert, which has the rows up to its offset."""
     rows = x.tensor_split(offsets[:-1].cpu().long())
     return torch.cat([part @ w[expert].to(part) for expert, part in enumerate(rows)])
 
@@ -116,14 +116,14 @@ def run_zeroed(state: Propagation, model: nn.Module, inputs: Inputs, times: Labe
     Returns:
         The floating-point outputs.
     """
-    return _Run(state, times).outputs(dict(named_tensors(model)), inputs)
+    return _Run(state, times, model).outputs(dict(named_tensors(model)), inputs)
 
 
 class _Run:
     """Executes a recording."""
 
-    def __init__(self, state: Propagation, times: Labels) -> None:
-        self.state, self.times = state, times
+    def __init__(self, state: Propagation, times: Labels, model: nn.Module) -> None:
+        self.state, self.times, self.model = state, times, model
         self.sums: dict[int, list[Sum]] = collections.defaultdict(list)
         self.statistics: dict[int, list[Statistic]] = collections.defaultdict(list)
         for entry in state.sums:
@@ -143,7 +143,7 @@ class _Run:
         last = _last_uses(recording)
         with torch.no_grad(), _float64(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for number, call in enumerate(recording.calls):
+            for number, call in enumerate(recording.calls[: recording.evaluated]):
                 self._step(number, call, env)
                 for done in last[number]:
                     env.pop(done, None)
@@ -166,7 +166,9 @@ class _Run:
         args, kwargs = pytree.tree_map(real, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value))
         args = self._masked(number, call, args)
         statistic = next((s for s in self.statistics[number] if self._cut(s.labels)), None)
-        target = torch.ops.aten.reshape.default if call.target in _VIEWS else _kernel(call.target)
+        if isinstance(call.target, type):  # a module that a user's rule takes as a whole
+            args = args[1:]
+        target = self._target(call)
         output = (
             target(*args, **kwargs)
             if statistic is None
@@ -175,6 +177,12 @@ class _Run:
         for value, tensor in zip(pytree.tree_leaves(call.output), pytree.tree_leaves(output), strict=False):
             if isinstance(value, Value):
                 env[value.number] = tensor
+
+    def _target(self, call: Call) -> Any:
+        """What to call: the operator, one of the same value for any memory layout, or the module itself in float64."""
+        if isinstance(call.target, type):
+            return copy.deepcopy(self.model.get_submodule(call.module)).double().eval()
+        return torch.ops.aten.reshape.default if call.target in _VIEWS else _kernel(call.target)
 
     def _cut(self, labels: tuple[Labels, ...]) -> bool:
         return any((self.times[one] == 0).any() for one in labels)
@@ -249,7 +257,7 @@ def _last_uses(recording: Recording) -> dict[int, list[int]]:
     """The values that are not needed any more after each call; parameters, buffers and outputs always are."""
     last: dict[int, int] = {}
     always = {v.number for v in [*recording.outputs, *recording.sources.values()]}
-    for number, call in enumerate(recording.calls):
+    for number, call in enumerate(recording.calls[: recording.evaluated]):
         for value in values_in((call.args, call.kwargs, call.output)):
             last[value.number] = number
     found: dict[int, list[int]] = collections.defaultdict(list)

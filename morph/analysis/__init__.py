@@ -16,6 +16,7 @@ from morph.analysis.recording import How, Inputs, Recording, Value
 from morph.analysis.rules import RULES
 from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
+from morph.analysis.user_rules import USER_RULES
 from morph.couplings import Choice, Coupling, Frozen, Positions
 from morph.errors import AnalysisError
 from morph.plan import Plan, Resize
@@ -93,9 +94,11 @@ class Analysis:
         for name, numbers in choice.items():
             if name not in self.couplings:
                 raise AnalysisError(f"no coupling {name!r}; the analysis has {len(self.couplings)}, see `couplings`")
-            if len(numbers) and not 0 <= int(np.max(numbers)) < self.couplings[name].units:
-                raise AnalysisError(f"{name} has {self.couplings[name].units} units, got number {int(np.max(numbers))}")
-            chosen[self.numbers[name][np.asarray(numbers, np.int64)]] = True
+            units = np.asarray(numbers, np.int64)
+            wrong = units[(units < 0) | (units >= self.couplings[name].units)]
+            if len(wrong):
+                raise AnalysisError(f"{name} has {self.couplings[name].units} units, got number {int(wrong[0])}")
+            chosen[self.numbers[name][units]] = True
         times = np.ones(self.state.atoms.count, np.int64)
         times[self.units.atom[chosen[self.units.unit]]] = factor
         return times[self.state.atoms.roots()]
@@ -144,8 +147,8 @@ def analyse(model: nn.Module, inputs: Inputs) -> Analysis:
         TraceError: If the model does not accept the inputs; names the user's line.
         AnalysisError: If a rule does not fit its operator.
     """
-    recording = record(model, inputs)
-    state = propagate(recording, RULES)
+    recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)))
+    state = propagate(recording, {**RULES, **USER_RULES})
     parameters = frozenset(name for name, _ in model.named_parameters())
     axes = [
         Axis(value, a, state.atoms.find(labels))
@@ -186,7 +189,7 @@ def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
     for entry in state.sums:
         call = analysis.recording.calls[entry.call]
         name = operator_name(call.target)
-        if len(entry.operands) < 2 or not isinstance(call.output, Value):
+        if len(entry.operands) < 2 or entry.call >= analysis.recording.evaluated or not isinstance(call.output, Value):
             continue
         weight, axis = entry.operands[1]
         if "convolution" in name:

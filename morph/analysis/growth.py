@@ -43,8 +43,7 @@ class Growth:
             if reason:
                 self._mark(found, entry.operands[0], reason + self._place(entry.call))
         found.update(dict.fromkeys(self._in_two_orders(), "two reshapes order them in different ways"))
-        read = self._readings()
-        for source, axis in self._used_otherwise(read):
+        for source, axis in self._used_otherwise(set(self.readings())):
             reason = "the parameter that reads them is used in another way too"
             self._mark(found, (self.state.recording.sources[source], axis), reason)
         return found
@@ -72,18 +71,27 @@ class Growth:
                     found[label] = text if mean else f"!{text}"
         return found
 
-    def readings(self) -> dict[tuple[str, int], None]:
-        """The axes of parameters on which sums read: their entries are divided by the number of copies."""
-        return dict.fromkeys(self._readings())
+    def readings(self) -> dict[tuple[str, int], Labels | None]:
+        """The axes of parameters on which sums read: their entries are divided by the number of copies.
 
-    def _readings(self) -> set[tuple[str, int]]:
-        found = set()
+        Returns:
+            For each of them None; or for each position the group in which it is read, whose own copies read by
+            themselves and do not count.
+        """
+        found: dict[tuple[str, int], Labels | None] = {}
         for entry in self.state.sums:
             for value, axis in entry.operands[1:]:
                 origin = self.origin(value, axis)
                 if origin is not None:
-                    found.add(origin)
+                    found[origin] = self._group_read(entry.call, value, axis)
         return found
+
+    def _group_read(self, call: int, value: Value, axis: int) -> Labels | None:
+        """The group of each position where one axis has the positions of all groups (a transposed convolution)."""
+        groups = self.state.groups.get(call)
+        if groups is None or axis != 0:
+            return None
+        return self.state.atoms.find(np.repeat(groups, value.shape[axis] // len(groups)))
 
     def _sum_obstacle(self, operands: tuple[tuple[Value, int], ...]) -> str:
         if len(operands) < 2:
@@ -198,8 +206,11 @@ class Layout:
         self.rows: dict[int, tuple[int, int]] = {}
         self.relations = state.relations
         for number, relation in enumerate(state.relations):
-            for row, label in enumerate(state.atoms.find(relation.whole).tolist()):
-                if label and times[label] > 1:
+            wholes = state.atoms.find(relation.whole)
+            if (times[wholes] == 1).all():
+                continue
+            for row, label in enumerate(wholes.tolist()):  # also those without copies: the order is read off all
+                if label:
                     self.rows.setdefault(label, (number, row))
         self.cache: dict[bytes, Labels] = {}
 

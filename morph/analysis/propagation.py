@@ -114,6 +114,17 @@ class Propagation:
             self.tags[value.number] = self.frozen(value.shape)
         return self.tags[value.number]
 
+    def parameter(self, name: str) -> Value:
+        """The parameter or buffer of that name of the module at hand.
+
+        Raises:
+            AnalysisError: If there is none.
+        """
+        path = f"{self.call.module}.{name}".removeprefix(".")
+        if path not in self.recording.sources:
+            raise AnalysisError(f"the rule for {self.name} names {name!r}; {self.call.module} has no such tensor")
+        return self.recording.sources[path]
+
     def frozen(self, shape: Sequence[int]) -> Tag:
         """A tensor none of whose positions can go."""
         return Tag(tuple(np.zeros(n, np.int64) for n in shape))
@@ -142,7 +153,7 @@ class Propagation:
         own = [self.tag(value).axes[a] for a in axes] if labels is None else labels
         self.statistics.append(Statistic(self.number, self.name, value, tuple(axes), tuple(own)))
 
-    def signature(self, notation: str, *operands: Value | None) -> Tag:
+    def signature(self, notation: str, *operands: Value | str | None) -> Tag:
         """Labels by notation, e.g. ``"... k, n k, n -> ... n"`` for a linear layer.
 
         A letter that comes twice is one axis; a letter that does not come out is summed over. ``...`` stands for any
@@ -150,12 +161,13 @@ class Propagation:
 
         Args:
             notation: One term for each operand, an arrow, and the term of the output.
-            operands: Values; None for one that is absent.
+            operands: Values; names of parameters of the module at hand; None for one that is absent.
         """
         left, right = notation.split("->")
         bound: dict[object, Labels] = {}
         places: dict[object, list[tuple[Value, int]]] = collections.defaultdict(list)
-        for term, value in zip(left.split(","), operands, strict=True):
+        for term, operand in zip(left.split(","), operands, strict=True):
+            value = self.parameter(operand) if isinstance(operand, str) else operand
             if value is None:
                 continue
             for letter, axis in _bind(term.split(), len(value.shape)):
@@ -227,6 +239,8 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
 
 def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple[int, Key], Labels]) -> Propagation:
     state = Propagation(recording, frozen)
+    used = {v.number for call in recording.calls for v in values_in((call.args, call.kwargs))}
+    wholes = tuple(f"{call.module}." for call in recording.calls if isinstance(call.target, type))
     for name, value in recording.sources.items():
         if not value.floating:  # an index, a mask, a counter, a complex weight
             state.tags[value.number] = state.frozen(value.shape)
@@ -234,12 +248,16 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
         state.tags[value.number] = Tag(tuple(state.fresh(n, ("source", name, a)) for a, n in enumerate(value.shape)))
         if name in recording.shared:
             state.freeze_all(state.tags[value.number], "shares its memory with another tensor")
+        if value.number not in used and not name.startswith(
+            wholes
+        ):  # such as a head that only training uses: what it hangs together with is not seen
+            state.freeze_all(state.tags[value.number], "not used in this run")
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
     for number, call in enumerate(recording.calls):
         state.number = number
         _apply(state, call, rules)
-    for value in recording.outputs:
+    for value in [*recording.outputs, *recording.outputs_in_training]:
         state.freeze_all(state.tag(value), "output of the model")
     return state
 
@@ -250,7 +268,8 @@ def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
     rule = _rule(call.target, rules)
     outputs = values_in(call.output)
     if rule is not None:
-        result: Any = rule(state, *call.args, **call.kwargs)
+        args = call.args[1:] if isinstance(call.target, type) else call.args  # a module comes before its arguments
+        result: Any = rule(state, *args, **call.kwargs)
     elif inputs and isinstance(call.target, torch._ops.OpOverload) and torch.Tag.pointwise in call.target.tags:
         result = state.pointwise(*inputs)
     else:

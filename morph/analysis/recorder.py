@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from morph.analysis.recording import (
     tensors_of,
     without_data,
 )
+from morph.analysis.tags import values_in
 from morph.errors import TraceError
 from morph.tracing import place_of
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 
 
-def record(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Any] | None = None) -> Recording:
+def record(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] = ()) -> Recording:
     """Run a copy of ``model`` once in evaluation mode and list the operators that it calls.
 
     The run has shapes only; where the model's control flow asks for values, it is run again with data.
@@ -51,9 +52,10 @@ def record(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Any
     try:
         meta = pytree.tree_map_only(Tensor, without_data, inputs)
         bare = skeleton(model)
-        recorder = _Recorder(bare, "shapes", whole or {})
+        recorder = _Recorder(bare, "shapes", whole)
         recorder.needs_data = not no_data
         recording = recorder.run(meta)
+        recorder.train_too(meta)
         recording.skeleton = bare
     except Exception as shapes_only:
         if no_data:
@@ -62,9 +64,12 @@ def record(model: nn.Module, inputs: Inputs, whole: Mapping[type[nn.Module], Any
         return recording
     try:
         own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
-        return _Recorder(copy.deepcopy(model).eval(), "data", whole or {}).run(own)
+        recorder = _Recorder(copy.deepcopy(model).eval(), "data", whole)
+        recording = recorder.run(own)
+        recorder.train_too(own)
     except Exception as error:
         raise _refused(model, inputs, error) from error
+    return recording
 
 
 def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dict[str, Any]]:
@@ -86,24 +91,27 @@ def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dic
             names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
             return Watch(module).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
 
-    recorder = _Recorder(module, "shapes", {})
+    recorder = _Recorder(module, "shapes", ())
     recorder.runner = Runner()
     return recorder.run(inputs), given
 
 
-def rerun(model: nn.Module, inputs: Inputs, traced: How) -> tuple[Recording, str, Exception | None]:
+def rerun(
+    model: nn.Module, inputs: Inputs, traced: How, whole: tuple[type[nn.Module], ...] = ()
+) -> tuple[Recording, str, Exception | None]:
     """Record a model that is our own, as far as it runs.
 
     Args:
         model: A copy that may be written to; without data if ``traced`` is ``"shapes"``.
         inputs: As for `record`.
         traced: Whether to run with shapes only.
+        whole: Module classes that are recorded as one call.
 
     Returns:
         The recording, the path of the module in which it ended, and the error that ended it, if one did.
     """
     form = without_data if traced == "shapes" else Tensor.detach
-    recorder = _Recorder(model, traced, {})
+    recorder = _Recorder(model, traced, whole)
     try:
         recorder.run(pytree.tree_map_only(Tensor, form, inputs))
     except Exception as error:
@@ -130,10 +138,10 @@ class _DataLostError(Exception):
 class _Recorder(TorchDispatchMode):
     """Writes down every operator; a tensor carries its value as an attribute, so that nothing is kept alive."""
 
-    def __init__(self, model: nn.Module, traced: How, whole: Mapping[type[nn.Module], Any]) -> None:
+    def __init__(self, model: nn.Module, traced: How, whole: tuple[type[nn.Module], ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.whole = model, whole
-        self.recording = Recording(traced=traced)
+        self.recording = Recording(traced=traced, whole=whole)
         self.stack: list[str] = [""]
         self.silent = 0
         self.storages: dict[int, Value] = {}
@@ -147,6 +155,27 @@ class _Recorder(TorchDispatchMode):
         args, kwargs = arguments_of(inputs)
         for tensor in tensors_of((args, kwargs)):
             recording.inputs.append(self._set(tensor, recording.new(tensor, input=True)))
+        recording.outputs = self._call(args, kwargs)
+        recording.evaluated = len(recording.calls)
+        return recording
+
+    def train_too(self, inputs: Inputs) -> None:
+        """Record a second run, in training mode, if evaluation leaves parameters unused (such as auxiliary heads)."""
+        recording = self.recording
+        used = {id(v) for call in recording.calls for v in values_in((call.args, call.kwargs))}
+        if all(id(v) in used or not v.floating for v in recording.sources.values()):
+            return
+        self.model.train()
+        try:
+            recording.outputs_in_training = self._call(*arguments_of(inputs))
+        except Exception:  # it wants targets, or more samples: what only training uses stays whole
+            del recording.calls[recording.evaluated :]
+            self.stack, self.silent = [""], 0
+        finally:
+            self.model.eval()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
+        """Call the model and give the values that come out."""
         hooks = [handle for path, module in self.model.named_modules() for handle in self._follow(path, module)]
         try:
             with torch.no_grad(), plain_attention(), self:
@@ -154,8 +183,7 @@ class _Recorder(TorchDispatchMode):
         finally:
             for handle in hooks:
                 handle.remove()
-        recording.outputs = [self._value(t) for t in _outputs(output)]
-        return recording
+        return [self._value(t) for t in _outputs(output)]
 
     def _name_tensors(self) -> None:
         shared = []
@@ -233,18 +261,37 @@ class _Recorder(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator; without data, frequent ones whose output has the form of their input need no kernel."""
+    """Run an operator; without data, frequent ones whose output has a known form need no kernel."""
     first = args[0] if args else None
-    if isinstance(first, Tensor) and first.device.type == "meta":
-        if func in _LIKE_INPUT:
+    if not isinstance(first, Tensor) or first.device.type != "meta":
+        return func(*args, **kwargs)
+    if func in _IN_PLACE:
+        return first
+    if func in _LIKE_INPUT:
+        return torch.empty_like(first)
+    if func in _NORMS:
+        small = first.new_empty(0)
+        return torch.empty_like(first), small, small
+    if func in _BINARY and isinstance(args[1], Tensor):
+        other = args[1]
+        if first.shape == other.shape and first.dtype == other.dtype and other.device.type == "meta":
             return torch.empty_like(first)
-        if func in _NORMS:
-            small = first.new_empty(0)
-            return torch.empty_like(first), small, small
+    if func is _aten.addmm.default:
+        return first.new_empty(args[1].shape[0], args[2].shape[1])
     return func(*args, **kwargs)
 
 
 _aten = torch.ops.aten
+_IN_PLACE = {
+    _aten.relu_.default,
+    _aten.silu_.default,
+    _aten.hardtanh_.default,
+    _aten.hardswish_.default,
+    _aten.hardsigmoid_.default,
+    _aten.sigmoid_.default,
+    _aten.leaky_relu_.default,
+    _aten.elu_.default,
+}
 _LIKE_INPUT = {
     _aten.relu.default,
     _aten.silu.default,
@@ -254,7 +301,9 @@ _LIKE_INPUT = {
     _aten.hardswish.default,
     _aten.hardsigmoid.default,
     _aten._softmax.default,
+    _aten._safe_softmax.default,
 }
+_BINARY = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor}
 _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
 
 

@@ -76,10 +76,13 @@ class Recording:
         inputs: The values of the tensors that came in, in the order of `tensors_of`.
         calls: The calls, in order.
         outputs: The values that came out.
+        evaluated: How many of the calls belong to the run in evaluation mode; a run in training mode may follow.
+        outputs_in_training: The values that came out of that.
         values: Every value, by number.
         traced: Whether the run had shapes only, or data.
         shared: Names of parameters or buffers that share memory with another one of a different form.
         skeleton: The copy without data that was run, if there is one.
+        whole: Module classes that were recorded as one call.
     """
 
     sources: dict[str, Value] = field(default_factory=dict)
@@ -87,9 +90,12 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
+    evaluated: int = 0
+    outputs_in_training: list[Value] = field(default_factory=list)
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
     skeleton: nn.Module | None = None
+    whole: tuple[type[nn.Module], ...] = ()
 
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""

@@ -80,14 +80,19 @@ class _Closure:
 
     def _add(self, whole: Labels, factors: Labels) -> None:
         number = len(self.of_factor)
-        wholes: list[dict[int, list[int]]] = [collections.defaultdict(list) for _ in factors]
+        wholes: list[dict[int, list[int]]] = []
+        names = whole.tolist()
+        for factor in factors:
+            order = np.argsort(factor, kind="stable")
+            values, starts = np.unique(factor[order], return_index=True)
+            parts = np.split(whole[order], starts[1:])
+            table = {v: p.tolist() for v, p in zip(values.tolist(), parts, strict=True) if v}
+            for v, members in table.items():
+                self.above[v].update(members)
+            wholes.append(table)
         self.of_factor.append(wholes)
-        for w, *fs in np.vstack([whole, factors]).T.tolist():
-            for k, f in enumerate(fs):
-                if f:
-                    self.above[f].add(w)
-                    wholes[k][f].append(w)
-            self.below[w].append((tuple(fs), number))
+        for w, row in zip(names, factors.T.tolist(), strict=True):
+            self.below[w].append((tuple(row), number))
 
     def touched(self) -> set[int]:
         """Every label of a relation."""

@@ -1,0 +1,245 @@
+"""Grow a model by two exact moves at once, merging groups and copying units, where each added parameter gains most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from morph.analysis import Sizes
+from morph.batches import Data, choose_target, describe_data, take_batches
+from morph.blocks import find_cells
+from morph.carriers import Form
+from morph.copies import Widened
+from morph.counts import Counts, count
+from morph.cut import apply_plan
+from morph.errors import NothingToGrowError, ProbeError, TargetError
+from morph.expansion import find_growable
+from morph.gains import Copier, GainStep, unit_rows
+from morph.plan import Edit, Plan, Record
+from morph.policies import Grouped, Ledger, Metric, Step
+from morph.scores import FisherProbe, Loss, cross_entropy
+from morph.surgery import Result, environment, operate, promise, sizes
+from morph.tracing import trace
+
+GAIN = (
+    "Fisher scores, in the unit of the loss: 1/2 mean over samples of g**2, g the gradient of a gate at one, summed "
+    "over the channels at the end of a cell whose groups are merged, or over the units that are copied (a unit that is "
+    "there m times counts 1/m**2 for each further copy). They say what the loss would lose without these channels, not "
+    "what training will win"
+)
+
+
+def grow_by_gain(
+    model: nn.Module,
+    data: Data,
+    *,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    share: float = 1 / 8,
+    at: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    form: Form = "auto",
+    loss: Loss = cross_entropy,
+    batch_size: int = 64,
+    probe_batches: int = 1,
+    seed: int = 0,
+    verify: bool = True,
+    on_step: Callable[[GainStep], None] = lambda step: None,
+) -> Result:
+    """Grow a model to a target by merging groups and by copying units, whichever gains more for what it adds.
+
+    A step either merges the groups of all grouped convolutions of one cell (as `morph.expand`), or copies a share of
+    the units of one coupling (as `morph.widen`), those of the highest Fisher score. Always taken is the step of the
+    highest gain for each parameter (with ``target_macs``: multiply-add) that it adds; what it adds is counted, not
+    estimated. Both moves leave the function as it is, so one probe tells the scores of the grown model too.
+
+    Merging groups changes which units hang together. So the steps are first chosen on the model that came in, with
+    copies at the sizes that they have there; of these the merges are carried out, the model is analysed again, and
+    copies are chosen on it, one step after another, until the target is met. The last step copies no more units than
+    are needed.
+
+    Args:
+        model: Not touched.
+        data: What to probe with, as for `morph.expand`.
+        target_params: Number of parameters wanted; give this or ``target_macs``.
+        target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
+        share: Share of the units of a coupling that a step copies, in (0, 1].
+        at: Names or patterns of the cells to probe; None takes each repeated block.
+        ignore: Patterns of couplings to leave as they are.
+        form: As for `morph.prune`.
+        loss: Gives one value per sample from outputs and targets.
+        batch_size: Samples in a batch.
+        probe_batches: Batches to probe with.
+        seed: Of the order of the data.
+        verify: Whether to compare the function before and after, in float64.
+        on_step: Told of each step that is carried out.
+
+    Raises:
+        TargetError: Not exactly one target, or one not above the present size or out of reach; a share out of range.
+        NothingToGrowError: There is neither a group to merge nor a unit to copy exactly.
+        ProbeError: A score is not finite, or all of them are zero.
+        TraceError, CountError, DataError, EditError: As their names say.
+        CheckFailedError: The result does not compute what the model does.
+
+    Example:
+        >>> import torch, morph
+        >>> from morph.zoo import build
+        >>> batch = torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))
+        >>> teacher = grow_by_gain(build("wrn-16-1"), batch, target_params=200e3)
+        >>> teacher.record.after["params"] >= 200e3
+        True
+    """
+    metric, target = choose_target(target_params, target_macs)
+    if not 0 < share <= 1 or probe_batches < 1:
+        raise TargetError(f"share must be in (0, 1] and probe_batches at least 1, got {share} and {probe_batches}")
+    batches = take_batches(data, probe_batches, batch_size, seed, next(model.parameters()).device)
+    inputs = batches[0][0]
+    traced, before = trace(model, inputs[:2]), count(model, inputs[:1])
+    if target <= getattr(before, metric):
+        present = f"the {getattr(before, metric):,} that the model has"
+        raise TargetError(f"the target of {target:,} {metric} is not above {present}; growing only adds")
+    cells = find_cells(traced, at)
+    convs, left = find_growable(traced, cells, before)
+    scores = FisherProbe(traced, cells, loss).scores(batches).cells()
+    copier = Copier(model, batches, Sizes(before.params, before.macs), metric, share, ignore, form, loss)
+    _check_gains([scores[cell] for cell in convs if convs[cell]], copier)
+    ledger = Ledger(convs, before.params, before.macs)
+    merges = choose_merges(ledger, scores, copier, metric, target)
+    edits: tuple[Edit, ...] = ledger.edits(merges)
+    steps = _told(merges, before, metric)
+    widened: Widened | None = None
+    if getattr(ledger, metric) < target:
+        start = Sizes(ledger.params, ledger.macs)
+        grown = apply_plan(model, Plan(edits))
+        copier = Copier(grown, batches, start, metric, share, ignore, form, loss)
+        widened = copier.reach(target)
+        edits, steps = (*edits, *widened.plan.edits), [*steps, *copier.steps]
+    for step in steps:
+        on_step(step)
+    plan = Plan(edits)
+    done = operate(model, plan, inputs, verify=verify)
+    size = getattr(done.counts, metric)
+    record = Record(
+        command="grow",
+        options={
+            f"target_{metric}": target,
+            "share": share,
+            "at": list(at) if at else None,
+            "ignore": list(ignore),
+            "form": form,
+            "batch_size": batch_size,
+            "probe_batches": probe_batches,
+            "seed": seed,
+            "verify": verify,
+        },
+        plan=plan,
+        before=sizes(before),
+        after=sizes(done.counts),
+        checks=done.checks,
+        details={
+            "weight_preserving": True,
+            "verified": promise(done.checks, plan),
+            "target": target,
+            "target_metric": metric,
+            "distance": size - target,
+            "distance_relative": (size - target) / target,
+            "scores": f"{GAIN}; divided by the {metric} that a step adds",
+            "steps": [asdict(step) for step in steps],
+            "cells": _cell_rows(convs, scores, merges),
+            "couplings": unit_rows(copier.analysis.couplings.values(), plan) if widened else [],
+            "form": widened.form if widened else "class",
+            "why_graph": widened.why_graph if widened else "",
+            "left": [{"name": item.name, "reason": item.reason} for item in left]
+            + [{"name": item.coupling, "reason": item.reason} for item in copier.left],
+            "unknown_operators": dict(copier.analysis.unknown),
+        },
+        environment={**environment(model, inputs), "data": describe_data(data)},
+    )
+    return Result(done.model, record)
+
+
+def choose_merges(
+    ledger: Ledger, scores: Mapping[str, float], copier: Copier, metric: Metric, target: int
+) -> list[Step]:
+    """Play merges against copies, the highest gain for what it adds first, until the target is met.
+
+    Merges that would lead past the target are passed over, as copies can meet it more closely, unless nothing else is
+    left.
+
+    Args:
+        ledger: The groups of the model that came in; advanced by what is chosen.
+        scores: Of each cell.
+        copier: The copies on the model that came in; advanced likewise.
+        metric: What the target counts.
+        target: Size wanted.
+
+    Returns:
+        The merges among the steps chosen.
+    """
+    start = getattr(ledger, metric)
+    merges: list[Step] = []
+    while (size := getattr(ledger, metric) - start + getattr(copier.sizes, metric)) < target:
+        present = getattr(ledger, metric)
+
+        def added(step: Step, present: int = present) -> int:
+            return int(getattr(step, metric)) - present
+
+        offers = [ledger.next_step(cell, scores[cell]) for cell in ledger.cells if ledger.can_grow(cell)]
+        copies = copier.best()
+        fitting = [step for step in offers if size + added(step) <= target]
+        if not fitting and copies is None:
+            fitting = offers
+        merge = max(fitting, key=lambda step: (step.score or 0.0) / added(step), default=None)
+        if merge is not None and (copies is None or (merge.score or 0.0) / added(merge) >= copies.rate):
+            ledger.take(merge)
+            merges.append(merge)
+        elif copies is not None:
+            copier.take(copies)
+        else:
+            break
+    return merges
+
+
+def _check_gains(cells: Sequence[float], copier: Copier) -> None:
+    """Refuse a model in which nothing can grow, and scores that rank nothing."""
+    if not cells and not copier.free:
+        first = copier.left[0].reason if copier.left else "it has no couplings"
+        raise NothingToGrowError(
+            f"the model has neither groups that can be merged nor units that can be copied exactly ({first})"
+        )
+    values = [*cells, *(float(scores.sum()) for scores in copier.scores.values())]
+    if not all(map(math.isfinite, values)):
+        raise ProbeError("a Fisher score is not finite; the weights or the images are too large")
+    if not any(values):
+        raise ProbeError("every Fisher score is 0, so nothing ranks what to grow; train the model first")
+
+
+def _told(merges: Sequence[Step], before: Counts, metric: Metric) -> list[GainStep]:
+    """The merges as steps of growth."""
+    steps = []
+    size = getattr(before, metric)
+    for merge in merges:
+        added, size = getattr(merge, metric) - size, getattr(merge, metric)
+        steps.append(GainStep("regroup", merge.cell, merge.score or 0.0, added, merge.params, merge.macs))
+    return steps
+
+
+def _cell_rows(
+    convs: Mapping[str, Sequence[Grouped]], scores: Mapping[str, float], merges: Sequence[Step]
+) -> list[dict[str, Any]]:
+    """One row for each cell; mixed groups are given by their largest."""
+    final = {module: groups for step in merges for module, groups in step.groups.items()}
+    return [
+        {
+            "name": cell,
+            "score": scores[cell],
+            "groups_before": max((c.groups for c in some), default=None),
+            "groups_after": max((final.get(c.module, c.groups) for c in some), default=None),
+            "params_added": sum(c.params * (c.groups // final.get(c.module, c.groups) - 1) for c in some),
+        }
+        for cell, some in convs.items()
+    ]
