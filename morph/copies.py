@@ -72,6 +72,10 @@ class Widener:
         found = [self.uniform[a] for a in self._labels(name) if a in self.uniform]
         return next((t for t in found if t.startswith("!")), found[0] if found else "")
 
+    def reshaped(self, name: str) -> bool:
+        """Whether a reshape splits or merges an axis with units of a coupling."""
+        return any(label in self.growth.split for label in self._labels(name))
+
     def _labels(self, name: str) -> list[int]:
         units = self.analysis.units
         mine = np.zeros(units.count, bool)

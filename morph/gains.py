@@ -1,4 +1,4 @@
-"""Copies of units in small steps, ordered by what each gains for what it adds."""
+"""Units doubled in small steps, ordered by what each gains for what it adds."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ class Copier:
     def _why_not(self, name: str, ignore: Sequence[str]) -> str:
         """Why no unit of a coupling is copied; empty if some may be."""
         coupling = self.analysis.couplings[name]
-        used = {call.module for call in self.analysis.recording.calls}
+        recording = self.analysis.recording
+        used = {call.module for call in recording.calls[: recording.evaluated]}
         norm = self.widener.only_together(name)
         if any(fnmatchcase(name, pattern) for pattern in ignore):
             return "asked to be left"
@@ -153,21 +154,23 @@ class Copier:
         times = np.ones(self.analysis.couplings[name].units)
         for unit, copies in self.copies.get(name, {}).items():
             times[unit] = copies
-        if times.sum() >= WIDEST * len(times):
+        if times.min() >= WIDEST:
             return None
-        values = self.scores[name] / times**2
-        units = np.argsort(-values, kind="stable")[: max(1, round(len(times) * self.share))].tolist()
-        return self._priced(name, tuple(units), float(values[units].sum()))
+        order = np.argsort(-self.scores[name] / times**2, kind="stable")
+        return self._priced(name, tuple(order[: max(1, round(len(times) * self.share))].tolist()))
 
-    def _priced(self, name: str, units: tuple[int, ...], gain: float) -> Offer:
+    def _priced(self, name: str, units: tuple[int, ...]) -> Offer:
+        times = self.copies.get(name, {})
+        gain = sum(float(self.scores[name][unit]) / times.get(unit, 1) for unit in units)
         after = self._size(self._with(name, units))
         added = getattr(after, self.metric) - getattr(self.sizes, self.metric)
         return Offer(GainStep("widen", name, gain, added, after.params, after.macs), units)
 
     def _with(self, name: str, units: Sequence[int]) -> dict[str, dict[int, int]]:
+        """The copies with some units doubled: halves and quarters of weights are exact in floating point."""
         mine = dict(self.copies.get(name, {}))
         for unit in units:
-            mine[unit] = mine.get(unit, 1) + 1
+            mine[unit] = mine.get(unit, 1) * 2
         return {**self.copies, name: mine}
 
     def _size(self, copies: Mapping[str, Mapping[int, int]]) -> Sizes:
@@ -222,13 +225,10 @@ class Copier:
 
     def _trimmed(self, offer: Offer, target: int) -> Offer:
         """The first units of an offer that suffice."""
-        gains = self.scores[offer.step.name]
-        times = self.copies.get(offer.step.name, {})
         low, high, found = 0, len(offer.units), offer
         while high - low > 1:
             middle = (low + high) // 2
-            units = offer.units[:middle]
-            some = self._priced(offer.step.name, units, sum(float(gains[u]) / times.get(u, 1) ** 2 for u in units))
+            some = self._priced(offer.step.name, offer.units[:middle])
             if getattr(some.step, self.metric) >= target:
                 high, found = middle, some
             else:

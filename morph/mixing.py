@@ -28,8 +28,8 @@ from morph.tracing import trace
 GAIN = (
     "Fisher scores, in the unit of the loss: 1/2 mean over samples of g**2, g the gradient of a gate at one, summed "
     "over the channels at the end of a cell whose groups are merged, or over the units that are copied (a unit that is "
-    "there m times counts 1/m**2 for each further copy). They say what the loss would lose without these channels, not "
-    "what training will win"
+    "there m times is doubled, and each of its m new copies counts 1/m**2). They say what the loss would lose without "
+    "these channels, not what training will win"
 )
 
 

@@ -211,21 +211,33 @@ def _carried(
             LeftWhole(name, 0, f"{policy.widener.only_together(name)} runs over them: exact from a ratio of 2 on")
             for name in policy.together
         ]
-    widened = policy.widener.widen(wanted)
     if not verify or any(p.device.type == "meta" for p in model.parameters()):
+        sure = _without_reshaped(policy, wanted, left, "reshaped: copied only where the result is measured")
+        widened = policy.widener.widen(sure)
         return widened, (), [*left, *widened.left]
+    widened = policy.widener.widen(wanted)
     check = check_growth(widened, model, inputs)
-    shared = [name for name in widened.copies if policy.analysis.couplings[name].overlaps]
-    if not check.passed and shared:
-        rest = {name: some for name, some in wanted.items() if name in widened.copies and name not in shared}
-        if not rest:
-            raise EditError("no copies are exact: all couplings are reshaped in ways in which copies do not line up")
-        left += [LeftWhole(n, len(wanted[n]), "copies do not line up after its reshapes (measured)") for n in shared]
+    if not check.passed:
+        done = {name: some for name, some in wanted.items() if name in widened.copies}
         left += widened.left
-        widened = policy.widener.widen(rest)
+        sure = _without_reshaped(policy, done, left, "copies do not line up after its reshapes (measured)")
+        widened = policy.widener.widen(sure)
         check = check_growth(widened, model, inputs)
     require((check,))
     return widened, (check,), [*left, *widened.left]
+
+
+def _without_reshaped(policy: _Policy, wanted: Copies, left: list[LeftWhole], reason: str) -> Copies:
+    """The couplings whose labels no reshape splits or merges; the others are added to ``left``.
+
+    Raises:
+        EditError: If there are none.
+    """
+    sure = {name: some for name, some in wanted.items() if not policy.widener.reshaped(name)}
+    if not sure:
+        raise EditError(f"no copies are sure to be exact: all {len(wanted)} couplings are {reason}")
+    left += [LeftWhole(name, len(some), reason) for name, some in wanted.items() if name not in sure]
+    return sure
 
 
 def _times(policy: _Policy, name: str, ratio: float, widened: Widened) -> dict[int, int]:

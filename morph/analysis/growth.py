@@ -34,6 +34,8 @@ class Growth:
         for call in state.recording.calls:
             for value in values_in(call.output):
                 self.makers.setdefault(value.number, call)
+        related = [labels for r in state.relations for labels in (r.whole, *r.factors)]
+        self.split: set[int] = {int(i) for labels in related for i in np.unique(state.atoms.find(labels))}
 
     def obstacles(self) -> dict[int, str]:
         """Labels that cannot be copied exactly, with the reason."""

@@ -336,10 +336,12 @@ def _outputs(output: Any) -> list[Tensor]:
 
 
 def _frame() -> tuple[str, int, str]:
-    """The innermost line outside torch and morph."""
+    """The innermost line outside torch and morph, inside the model."""
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
+        if code is _Recorder.run.__code__:  # what lies above is whoever asked for the analysis
+            break
         if not code.co_filename.startswith(_LIBRARIES):
             return code.co_filename, frame.f_lineno, code.co_name
         frame = frame.f_back  # type: ignore[assignment]
