@@ -107,7 +107,7 @@ class Widener:
                 return Widened(model, found.plan, done, tuple(left), found.form, found.why_graph)
             culprit = self._at_fault(found, wanted)
             if culprit is None:
-                raise EditError(f"{type(self.model).__name__} cannot carry copies: {found.reason} (in {found.module})")
+                raise EditError(f"{type(self.model).__name__} cannot carry copies: {found.reason} (in {found.module or 'the model'})")
             reason = f"{found.reason} (in {found.module or 'the model'})"
             some = self.carrier.siblings(culprit, list(wanted))
             left += [LeftWhole(one, len(wanted.pop(one)), reason) for one in some]

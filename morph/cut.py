@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from morph.passes.insertion import insert_copies
 from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
+    Edit,
     Plan,
     Regroup,
     Reinitialise,
@@ -42,8 +43,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """
     _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
     grown = model
-    for kind, some in itertools.groupby(plan.edits, type):
-        edits: list[Any] = list(some)
+    for edits in _batches(plan.edits):
+        kind = type(edits[0])
         if kind is Resize:
             grown = resized(grown, edits)
         elif kind is UseGraph:
@@ -52,6 +53,21 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             grown = copy.deepcopy(model) if grown is model else grown
             _apply(grown, kind, edits)
     return copy.deepcopy(model) if grown is model else grown
+
+
+def _batches(edits: tuple[Edit, ...]) -> Iterator[list[Any]]:
+    """Neighbouring edits of one kind; a second edit of the same axis, such as that of a later step, begins anew."""
+    batch: list[Any] = []
+    axes: set[tuple[str, int]] = set()
+    for edit in edits:
+        axis = (edit.tensor, edit.axis) if isinstance(edit, Resize) else ("", len(axes))
+        if batch and (type(edit) is not type(batch[0]) or axis in axes):
+            yield batch
+            batch, axes = [], set()
+        batch.append(edit)
+        axes.add(axis)
+    if batch:
+        yield batch
 
 
 def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:

@@ -20,7 +20,6 @@ from morph.plan import Plan, Resize
 from morph.policies import Metric
 from morph.scores import Loss
 from morph.unit_scores import score_units
-from morph.verify import require
 
 WIDEST = 8  # times as many units as there were
 
@@ -96,6 +95,7 @@ class Copier:
         self.model, self.start, self.metric, self.share = model, start, metric, share
         self.inputs = batches[0][0][:2]
         self.analysis = analyse(model, self.inputs)
+        self.unchanged = self.analysis.sizes()
         self.widener = Widener(model, self.inputs, self.analysis, form)
         self.left: list[LeftWhole] = []
         reasons = {name: self._why_not(name, ignore) for name in self.analysis.couplings}
@@ -175,7 +175,7 @@ class Copier:
 
     def _size(self, copies: Mapping[str, Mapping[int, int]]) -> Sizes:
         """Size of the model with some copies."""
-        before = self.analysis.sizes()
+        before = self.unchanged
         after = count_sizes(self.analysis, self.widener.times(copies))
         macs = (after.macs - before.macs) // len(self.inputs)
         return Sizes(self.start.params + after.params - before.params, self.start.macs + macs)
@@ -188,22 +188,19 @@ class Copier:
         self.fresh = {}
 
     def reach(self, target: int) -> Widened:
-        """Copy until the target is met; what turns out not to be exact, or not to be carried, is left, and chosen anew.
+        """Copy until the target is met; what turns out not to be carried, or not to line up, is left, and chosen anew.
 
         Raises:
             TargetError: If the target is out of reach.
-            CheckFailedError: If copies are not exact.
         """
         while True:
             self._choose(target)
             widened = self.widener.widen(self.copies)
-            check = check_growth(widened, self.model, self.inputs)
-            shared = [n for n in self.copies if self.analysis.couplings[n].overlaps]
             failed = list(widened.left)
-            if not failed and not check.passed:
+            shared = [n for n in self.copies if self.analysis.couplings[n].overlaps]
+            if shared and not failed and not check_growth(widened, self.model, self.inputs).passed:
                 failed = [LeftWhole(n, 0, "copies do not line up after its reshapes (measured)") for n in shared]
             if not failed:
-                require((check,))
                 return widened
             self.left += failed
             self.free = [n for n in self.free if n not in {item.coupling for item in failed}]

@@ -25,6 +25,7 @@ from morph.scores import FisherProbe, Loss, cross_entropy
 from morph.surgery import Result, environment, operate, promise, sizes
 from morph.tracing import trace
 
+COMPARED = 8  # samples, in float64
 GAIN = (
     "Fisher scores, in the unit of the loss: 1/2 mean over samples of g**2, g the gradient of a gate at one, summed "
     "over the channels at the end of a cell whose groups are merged, or over the units that are copied (a unit that is "
@@ -121,7 +122,7 @@ def grow_by_gain(
     for step in steps:
         on_step(step)
     plan = Plan(edits)
-    done = operate(model, plan, inputs, verify=verify)
+    done = operate(model, plan, inputs[:COMPARED], verify=verify)
     size = getattr(done.counts, metric)
     record = Record(
         command="grow",

@@ -1,9 +1,14 @@
-"""The picture of an expansion: for each cell its score, its groups before and after, and the parameters it gained."""
+"""Pictures of surgeries: the cells of an expansion, and the units of each coupling before and after.
+
+The figures stand on canvases of their own, and the same rows give the same file.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from morph.atomic import atomic_path
 from morph.errors import PictureError
@@ -21,6 +34,7 @@ from morph.errors import PictureError
 SUFFIXES = (".svg", ".png", ".pdf")
 
 _GROWN, _KEPT, _GREY = "#2b7a3f", "#3f6fa8", "#a3a3a3"
+_LINES = 48  # in a column of the picture of units
 _DECADES = 30.0  # ratio of scores from which on their axis is logarithmic
 
 
@@ -68,16 +82,21 @@ def expansion_picture(rows: Sequence[CellRow], path: Path, *, title: str, force:
         PictureError: If there are no rows or the suffix is unknown.
         OutputError: If the picture cannot be written.
     """
+    _save(lambda: expansion_figure(rows, title=title), path, len(rows), "cells", force=force)
+
+
+def _save(draw: Callable[[], Figure], path: Path, count: int, what: str, *, force: bool) -> None:
+    """Write a figure of ``count`` rows, whole or not at all."""
     if path.suffix.lower() not in SUFFIXES:
         raise PictureError(f"{path}: the suffix does not say a format; end the name in {', '.join(SUFFIXES)}")
-    if not rows:
-        raise PictureError(f"{path}: there are no cells to draw; give at least one row")
+    if not count:
+        raise PictureError(f"{path}: there are no {what} to draw; give at least one row")
     # A fixed salt and no date: the same rows give the same file.
     fixed: dict[Any, Any] = {"svg.hashsalt": "morph", "svg.fonttype": "none"}
     form = path.suffix.lower()[1:]
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
     with matplotlib.rc_context(fixed), atomic_path(path, force=force) as temporary:
-        expansion_figure(rows, title=title).savefig(temporary, format=form, dpi=144, metadata=metadata)
+        draw().savefig(temporary, format=form, dpi=144, metadata=metadata)
 
 
 def expansion_figure(rows: Sequence[CellRow], *, title: str) -> Figure:
@@ -170,3 +189,126 @@ def _draw_added(axes: Axes, rows: Sequence[CellRow]) -> None:
     colours = [row.colour for row in rows]
     bars = axes.barh(range(len(rows)), [row.params_added for row in rows], height=0.55, color=colours)
     axes.bar_label(bars, [f"{row.params_added:,}" if row.params_added else "" for row in rows], padding=3, fontsize=7)
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """One row of the picture of units.
+
+    Attributes:
+        name: The coupling, or whatever else is counted.
+        before: How many units there were.
+        after: How many there are.
+        inverse: Whether fewer means larger, as for groups.
+    """
+
+    name: str
+    before: int
+    after: int
+    inverse: bool = False
+
+    @property
+    def share(self) -> float:
+        """Width afterwards over width before."""
+        pair = (self.before, self.after) if self.inverse else (self.after, self.before)
+        return pair[0] / max(pair[1], 1)
+
+    @property
+    def colour(self) -> str:
+        """Grey where nothing changed, green where it grew, blue where it shrank."""
+        return _GREY if self.before == self.after else _GROWN if self.share > 1 else _KEPT
+
+
+Line = tuple[str, UnitRow | None]
+
+
+def units_picture(rows: Sequence[UnitRow], path: Path, *, title: str, force: bool = False) -> None:
+    """Draw one bar for each coupling, the share of its units that are there afterwards, with the numbers beside it.
+
+    Args:
+        rows: The couplings, from the input of the model to its output.
+        path: Where the picture shall stand; ``.svg``, ``.png`` or ``.pdf``.
+        title: The line above it.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        PictureError: If there are no rows or the suffix is unknown.
+        OutputError: If the picture cannot be written.
+    """
+    _save(lambda: units_figure(rows, title=title), path, len(rows), "couplings", force=force)
+
+
+def units_figure(rows: Sequence[UnitRow], *, title: str) -> Figure:
+    """The figure of `units_picture`: neighbours of one block stand under its name, in columns of about fifty lines."""
+    columns = _columns(_under_headings(rows))
+    height = max(map(len, columns))
+    figure = Figure(figsize=(5.2 * len(columns), 1.1 + 0.17 * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    widest = max(1.0, *(row.share for row in rows), 1.0)
+    for axes, lines in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        _draw_units(axes, lines, height, widest)
+    kinds = {_GROWN: "grown", _KEPT: "cut", _GREY: "as it was"}
+    present = {row.colour for row in rows}
+    handles = [Line2D([], [], marker="s", ls="", color=c, label=text) for c, text in kinds.items() if c in present]
+    handles.append(Line2D([], [], color="#888888", lw=0.8, ls="--", label="before"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _under_headings(rows: Sequence[UnitRow]) -> list[Line]:
+    """A line for each row; the rows of a block of the model stand together, under its name if there are several."""
+    blocks: dict[str, list[UnitRow]] = {}
+    for row in rows:
+        blocks.setdefault(_block(row.name) or row.name, []).append(row)
+    lines: list[Line] = []
+    for block, some in blocks.items():
+        if len(some) > 1:
+            lines.append((block, None))
+            lines += [("    " + row.name.removeprefix(block).lstrip("."), row) for row in some]
+        else:
+            lines.append((some[0].name, some[0]))
+    return [(text.replace(".weight[0]", ""), row) for text, row in lines]
+
+
+def _columns(lines: Sequence[Line]) -> list[list[Line]]:
+    """Lines in columns of about the same length; a heading stays with its rows, and is repeated above the rest."""
+    height = math.ceil(len(lines) / math.ceil(len(lines) / _LINES))
+    columns: list[list[Line]] = [[]]
+    heading = ""
+    for line in lines:
+        text, row = line
+        if row is None:
+            heading = text
+        if len(columns[-1]) >= height - (row is None) and columns[-1]:
+            columns.append([(heading, None)] if row is not None and text.startswith(" ") else [])
+        columns[-1].append(line)
+    return columns
+
+
+def _block(name: str) -> str:
+    """The path up to the first part that ends in a number: ``cells.3``, ``layer1``, ``encoder.layers.layer_0``."""
+    found = re.match(r"(?:[^.]*[^.\d]\.)*?(?:[^.]*\d)(?=\.)", name)
+    return found.group() if found else ""
+
+
+def _draw_units(axes: Axes, lines: Sequence[Line], height: int, widest: float) -> None:
+    """One column of bars."""
+    for y, (_, row) in enumerate(lines):
+        if row is not None:
+            axes.barh(y, row.share, height=0.62, color=row.colour)
+            text = f"{row.before:,}" if row.before == row.after else f"{row.before:,} \u2192 {row.after:,}"
+            axes.text(max(row.share, 1.0) + 0.03 * widest, y, text, va="center", fontsize=6.5, parse_math=False)
+    axes.axvline(1.0, color="#888888", linewidth=0.8, linestyle="--")
+    axes.set_xlim(0, widest * 1.45)
+    axes.set_ylim(height - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MultipleLocator(0.5 if widest <= 2 else math.ceil(widest / 4)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_yticks(range(len(lines)), [text for text, _ in lines], fontsize=6.5, parse_math=False, ha="left")
+    longest = max(len(text) for text, _ in lines)
+    axes.tick_params(axis="y", pad=3.4 * longest + 4)
+    for label, (_, row) in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if row is None else "normal")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -108,7 +108,13 @@ def prune(
         analysis = analyse(now, example_inputs) if number > 1 else first
         done = _step(now, example_inputs, analysis, target, data, loss, form)
         if verify and not _on_meta(now):
-            checks.append(check_cut(done, now, example_inputs, analysis))
+            try:
+                check = check_cut(done, now, example_inputs, analysis)
+            except (RuntimeError, NotImplementedError):  # code that does other things where there is no data
+                analysis = analyse(now, example_inputs, with_data=True)
+                done = _step(now, example_inputs, analysis, target, data, loss, form)
+                check = check_cut(done, now, example_inputs, analysis)
+            checks.append(check)
             require(tuple(checks))
             verified = promise(done, analysis)
         elif verify:
@@ -167,8 +173,11 @@ def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -
         empty = analysis.emptied(result)
         if not empty:
             break
+        back: set[int] = set()
         for axis in empty:
             held = set(analysis.units.on(axis.roots)[0].tolist())
+            if not back.isdisjoint(held):  # another axis has brought one back: look again
+                continue
             best = max(
                 (
                     (float(scores[name][unit]), name, unit)
@@ -180,6 +189,7 @@ def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -
             )
             if best is not None:
                 result[best[1]] = result[best[1]][result[best[1]] != best[2]]
+                back.add(int(analysis.numbers[best[1]][best[2]]))
     return result
 
 

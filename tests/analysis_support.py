@@ -86,7 +86,8 @@ def slow_zeroed(model: nn.Module, analysis: Analysis, choice: Choice) -> nn.Modu
     parameters = dict(twin.named_parameters())
     with torch.no_grad():
         for (tensor, axis), positions in gone.items():
-            if tensor in parameters and (axis, tensor[-9:]) != (0, "original1"):  # a direction of weight_norm has no zero
+            direction = tensor.endswith("original1") and axis == 0  # weight_norm divides by its length
+            if tensor in parameters and not direction:
                 parameters[tensor].index_fill_(axis, positions, 0)
     for path, module in list(twin.named_modules()):
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):

@@ -65,7 +65,13 @@ EXPECTED = {
     "named": {("head.weight", 1): [(13, 1), (17, 1)]},
     "constants": {("one.weight", 0): [(5, 1), (8, 1)], ("three.weight", 1): [(8, 15)], ("two.weight", 0): [(7, 1)]},
     "attributes": {("value.weight", 0): [(3, 5), (5, 3)], ("out.weight", 0): [(12, 1)]},
-    "odd": {("mean", 0): [(11, 1)], ("bn.weight", 0): [(11, 1)], ("unused", 0): [], ("levels", 0): [], ("phase", 0): []},
+    "odd": {
+        ("mean", 0): [(11, 1)],
+        ("bn.weight", 0): [(11, 1)],
+        ("unused", 0): [],
+        ("levels", 0): [],
+        ("phase", 0): [],
+    },
 }
 
 
@@ -130,7 +136,9 @@ def test_blocks_statistics_and_readers():
 
 
 def _flops(model: nn.Module, inputs: object) -> int:
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    args, kwargs = (
+        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*args, **kwargs)
     return counter.get_total_flops()
@@ -392,7 +400,9 @@ def test_errors_of_rules():
     with pytest.raises(AnalysisError, match=r"the notation 'a b c' has 3 axes, the tensor has 2"):
         state.signature("a b c -> a", value)
     wrong = {**RULES, torch.ops.aten.addmm: lambda op, *_, **__: op.frozen((2, 7))}
-    with pytest.raises(AnalysisError, match=r"the rule for aten\.addmm\.default gives shape \(2, 7\), the operator \(2, 3\)"):
+    with pytest.raises(
+        AnalysisError, match=r"the rule for aten\.addmm\.default gives shape \(2, 7\), the operator \(2, 3\)"
+    ):
         propagate(recording, wrong)
 
 

@@ -131,6 +131,8 @@ def test_judge_says_what_is_amiss() -> None:
     assert zeroing.judge(model, pruned, kept, inputs).status == "blind"
     assert zeroing.judge(model, copy.deepcopy(model), {}, inputs).status == "exact"
     assert zeroing.judge(model, pruned, {"no.such": {0: KEEP}}, inputs).status == "not measured"
+    assert zeroing.judge(model, model, {}, (torch.full((5, 7), float("nan")),)).status == "not measured"
+    assert zeroing.judge(model, model, {}, (torch.zeros(0, 7),)).status == "not measured"
 
 
 def test_a_cut_may_part_what_was_tied() -> None:

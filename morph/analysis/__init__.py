@@ -132,7 +132,7 @@ class Analysis:
         return Plan(tuple(edits))
 
 
-def analyse(model: nn.Module, inputs: Inputs) -> Analysis:
+def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Analysis:
     """Find what hangs together in ``model``.
 
     The model is run once in evaluation mode, with shapes only (nothing is computed, weights are not looked at), and
@@ -142,12 +142,13 @@ def analyse(model: nn.Module, inputs: Inputs) -> Analysis:
         model: Any module; not touched. It may live on the meta device.
         inputs: A tensor, a tuple of positional arguments, or a mapping of named arguments. A batch of two or more
             tells the batch axis from an axis of one position.
+        with_data: Run with data at once; for code that does other things on a device without data.
 
     Raises:
         TraceError: If the model does not accept the inputs; names the user's line.
         AnalysisError: If a rule does not fit its operator.
     """
-    recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)))
+    recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
     state = propagate(recording, {**RULES, **USER_RULES})
     parameters = frozenset(name for name, _ in model.named_parameters())
     axes = [

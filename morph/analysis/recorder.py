@@ -24,6 +24,7 @@ from morph.analysis.recording import (
     first_line,
     named_tensors,
     plain_attention,
+    sharing,
     skeleton,
     tensors_of,
     without_data,
@@ -35,7 +36,9 @@ from morph.tracing import place_of
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 
 
-def record(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] = ()) -> Recording:
+def record(
+    model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] = (), *, with_data: bool = False
+) -> Recording:
     """Run a copy of ``model`` once in evaluation mode and list the operators that it calls.
 
     The run has shapes only; where the model's control flow asks for values, it is run again with data.
@@ -44,10 +47,13 @@ def record(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] 
         model: Any module; not touched.
         inputs: A tensor, a tuple of arguments, or a mapping of named arguments.
         whole: Module classes that are recorded as one call.
+        with_data: Run with data at once.
 
     Raises:
         TraceError: If the model does not accept the inputs; names the user's line.
     """
+    if with_data:
+        return _record_data(model, inputs, whole)
     no_data = any(t.device.type == "meta" for t in model.parameters())
     try:
         meta = pytree.tree_map_only(Tensor, without_data, inputs)
@@ -55,6 +61,7 @@ def record(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] 
         recorder = _Recorder(bare, "shapes", whole)
         recorder.needs_data = not no_data
         recording = recorder.run(meta)
+        recording.shared += sharing(model)
         recorder.train_too(meta)
         recording.skeleton = bare
     except Exception as shapes_only:
@@ -62,10 +69,16 @@ def record(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] 
             raise _refused(model, inputs, shapes_only) from shapes_only
     else:
         return recording
+    return _record_data(model, inputs, whole)
+
+
+def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...]) -> Recording:
+    """Run a copy of the model with its data."""
     try:
         own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
         recorder = _Recorder(copy.deepcopy(model).eval(), "data", whole)
         recording = recorder.run(own)
+        recording.shared += sharing(model)
         recorder.train_too(own)
     except Exception as error:
         raise _refused(model, inputs, error) from error
@@ -186,16 +199,11 @@ class _Recorder(TorchDispatchMode):
         return [self._value(t) for t in _outputs(output)]
 
     def _name_tensors(self) -> None:
-        shared = []
         for name, tensor in named_tensors(self.model):
             value = self._set(tensor, self.recording.new(tensor, source=name))
             self.recording.sources[name] = value
             if tensor.numel() and tensor.layout == torch.strided:
-                key = tensor.untyped_storage()._cdata
-                if key in self.storages:
-                    shared += [name, self.storages[key].source]
-                self.storages.setdefault(key, value)
-        self.recording.shared = tuple(shared)
+                self.storages.setdefault(tensor.untyped_storage()._cdata, value)
 
     def _follow(self, path: str, module: nn.Module) -> Iterator[Any]:
         """Keep the path of the running module; take modules that have a rule of their own as one call."""
@@ -220,7 +228,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         written = not self.silent
         before = _each((args, kwargs), self._value) if written else ((), {})
-        output = _run(func, _one_device(args), _one_device(kwargs))
+        output = _run(func, _one_device(args), _with_data(func, args, _one_device(kwargs)))
         if written:
             self._write(func, before[0], before[1], output, self.stack[-1], ready=True)
         return output
@@ -276,9 +284,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         other = args[1]
         if first.shape == other.shape and first.dtype == other.dtype and other.device.type == "meta":
             return torch.empty_like(first)
-    if func is _aten.addmm.default:
+    if func is _aten.addmm.default and _fit(*args[:3]):
         return first.new_empty(args[1].shape[0], args[2].shape[1])
     return func(*args, **kwargs)
+
+
+def _fit(bias: Tensor, x: Tensor, y: Tensor) -> bool:
+    """Whether ``bias + x @ y`` is a plain linear layer; the kernel says what is wrong with anything else."""
+    return x.shape[1:] == y.shape[:1] and bias.shape == y.shape[1:] and bias.dtype == x.dtype == y.dtype
 
 
 _aten = torch.ops.aten
@@ -314,6 +327,22 @@ def _one_device(tree: Any) -> Any:
     if len(kinds) < 2:
         return tree
     return _each(tree, lambda t: t if t.device.type == "meta" or t.dim() == 0 else t.to("meta"))
+
+
+def _with_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Let whole numbers and truth values that are made without data have some: code looks at positions and masks."""
+    device = kwargs.get("device")
+    if device is None or torch.device(device).type != "meta":
+        return kwargs
+    dtype = kwargs.get("dtype")
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if dtype is None:
+        numbers = [a for a in args if isinstance(a, int | float)]
+        whole = func.overloadpacket is _aten.arange and all(isinstance(n, int) for n in numbers)
+        dtype = tensors[0].dtype if tensors else torch.int64 if whole else torch.get_default_dtype()
+    if dtype.is_floating_point or dtype.is_complex or any(t.device.type == "meta" for t in tensors):
+        return kwargs
+    return {**kwargs, "device": torch.device("cpu")}
 
 
 def _each(tree: Any, change: Callable[[Tensor], Any]) -> Any:

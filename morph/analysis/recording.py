@@ -97,6 +97,16 @@ class Recording:
     skeleton: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
 
+    @property
+    def settled(self) -> int:
+        """How many calls of the run in evaluation mode come before the first whose shape depends on values."""
+        for number, call in enumerate(self.calls[: self.evaluated]):
+            tags = getattr(call.target, "tags", ())
+            name = str(call.target)
+            if "nms" in name or (torch.Tag.dynamic_output_shape in tags and "index" not in name):
+                return number
+        return self.evaluated
+
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""
         value = Value(len(self.values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
@@ -123,6 +133,15 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+def sharing(model: nn.Module) -> tuple[str, ...]:
+    """Names of parameters and buffers that share their memory with another one; copies of the model do not."""
+    by_memory: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(model):
+        if tensor.numel() and tensor.layout == torch.strided:
+            by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    return tuple(name for names in by_memory.values() if len(names) > 1 for name in names)
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Reshaper:
         self.atoms, self.fresh, self.freeze = atoms, fresh, freeze
         self.relations: list[Relation] = []
         self.call = 0
+        self._highest: list[tuple[int, int]] = []  # of wholes and factors; labels only ever become smaller
         self._generator = np.random.default_rng(0)
         self._random = np.zeros(1, np.int64)
 
@@ -112,7 +113,10 @@ class Reshaper:
         flat = self.atoms.find(grid.ravel())
         alive = flat != 0
         low, high = flat[alive].min(), flat.max()
-        for relation in reversed(self.relations):
+        for number in range(len(self.relations) - 1, -1, -1):
+            if self._highest[number][0] < low:
+                continue
+            relation = self.relations[number]
             whole = self.atoms.find(relation.whole)
             if whole.max() < high or whole.min() > low:
                 continue
@@ -149,7 +153,10 @@ class Reshaper:
         marks = self._marks(rows)
         found = np.zeros(rows.shape[1], np.int64)
         low, high = rows[rows != 0].min(), rows.max()
-        for relation in reversed(self.relations):
+        for number in range(len(self.relations) - 1, -1, -1):
+            if self._highest[number][1] < low:
+                continue
+            relation = self.relations[number]
             factors = np.stack([self.atoms.find(f) for f in relation.factors])
             if factors.max() < low or factors[factors != 0].min(initial=high + 1) > high:
                 continue
@@ -177,6 +184,7 @@ class Reshaper:
         return marks
 
     def _add(self, whole: Labels, factors: list[Labels], grid: tuple[int, ...] = ()) -> None:
+        self._highest.append((int(whole.max()), max(int(f.max()) for f in factors)))
         self.relations.append(Relation(whole.copy(), tuple(f.copy() for f in factors), self.call, grid))
 
 

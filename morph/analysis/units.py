@@ -91,8 +91,10 @@ class _Closure:
                 self.above[v].update(members)
             wholes.append(table)
         self.of_factor.append(wholes)
-        for w, row in zip(names, factors.T.tolist(), strict=True):
-            self.below[w].append((tuple(row), number))
+        for w, row in zip(names, map(tuple, factors.T.tolist()), strict=True):
+            rows = self.below[w]
+            if not any(known == row for known, _ in rows):
+                rows.append((row, number))
 
     def touched(self) -> set[int]:
         """Every label of a relation."""
@@ -107,6 +109,7 @@ class _Closure:
         gone: set[int] = set()
         unmet: collections.deque[Iterator[Constraint]] = collections.deque()
         todo = [seed]
+        chosen = {seed}
         while todo or unmet:
             while todo:
                 atom = todo.pop()
@@ -115,14 +118,17 @@ class _Closure:
                 if atom not in gone:
                     gone.add(atom)
                     todo.extend(self.above.get(atom, ()))
-                    if atom in self.below:
-                        unmet.appendleft(iter(self.below[atom]))
+                    rows = self.below.get(atom)
+                    if rows is not None and (len(rows) > 1 or atom in chosen):  # one row: met by how it was reached
+                        unmet.appendleft(iter(rows))
             while unmet and not todo:
                 broken = next((c for c in unmet[-1] if gone.isdisjoint(c[0])), None)
                 if broken is None:
                     unmet.pop()
                 else:
-                    todo.append(self._choose(*broken, gone))
+                    choice = self._choose(*broken, gone)
+                    chosen.add(choice)
+                    todo.append(choice)
         return frozenset(gone)
 
     def _choose(self, factors: tuple[int, ...], number: int, gone: set[int]) -> int:

@@ -19,10 +19,10 @@ USER_RULES: dict[Any, Rule] = {}
 def rule(target: Any) -> Callable[[Rule], Rule]:
     """Register how channels go through an operator or a module that `morph` does not know.
 
-    The function gets the state of the analysis, on which it calls ``signature``, ``pointwise``, ``freeze`` and the like,
-    and the arguments of the call; it gives the labels of the output. In a notation, a letter that comes twice is one
-    axis, a letter that does not come out is summed over, ``...`` stands for any axes, and ``*`` pins the rest. The
-    parameters of a module are named by strings. `check_rule` shows whether a rule is true.
+    The function gets the state of the analysis, on which it calls ``signature``, ``pointwise``, ``freeze`` and the
+    like, and the arguments of the call; it gives the labels of the output. In a notation, a letter that comes twice
+    is one axis, a letter that does not come out is summed over, ``...`` stands for any axes, and ``*`` pins the rest.
+    The parameters of a module are named by strings. `check_rule` shows whether a rule is true.
 
     Args:
         target: A module class (taken as a whole from then on), or an operator such as ``torch.ops.mylib.myop``.

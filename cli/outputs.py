@@ -1,0 +1,73 @@
+"""What a surgery writes: the model, its record and, where there is one, a picture; all of them or none."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from morph.surgery import Result
+
+Draw = Callable[[dict[str, Any], Path], None]
+
+
+def paths_from(args: argparse.Namespace, label: str, beside: tuple[str, ...]) -> tuple[Path, ...]:
+    """Where the model goes (``NAME-label.pt`` by default), and what stands beside it, by suffix.
+
+    Raises:
+        OutputError: Now, if one of them could not be written later.
+    """
+    from morph.atomic import check_writable
+    from morph.errors import OutputError
+
+    name = Path(args.model.rpartition(":")[2]).stem if ":" in args.model else Path(args.model).stem
+    model = args.out or Path(f"{name}-{label}.pt")
+    paths = (model, *(model.with_suffix(suffix) for suffix in beside))
+    if len(set(paths)) < len(paths):
+        taken = ".json and .svg are taken by the record and the picture"
+        taken = taken if ".svg" in beside else ".json is taken by the record"
+        raise OutputError(f"{model}: give a name that ends in .pt, since {taken}")
+    if not args.dry_run:
+        for path in paths:
+            check_writable(path, force=args.force)
+    return paths
+
+
+def finish(
+    args: argparse.Namespace,
+    result: Result,
+    paths: tuple[Path, ...],
+    show: Callable[[dict[str, Any]], None],
+    draw: Draw | None = None,
+) -> int:
+    """Write unless ``--dry-run``, then report."""
+    from morph.cli import console
+
+    if not args.dry_run:
+        _write(result, paths, draw, force=args.force)
+    record = result.record.to_json()
+    if args.json:
+        console.document(record | {"written": [] if args.dry_run else [str(path) for path in paths]})
+        return 0
+    show(record)
+    console.line("dry run: nothing written" if args.dry_run else "written: " + ", ".join(str(path) for path in paths))
+    return 0
+
+
+def _write(result: Result, paths: tuple[Path, ...], draw: Draw | None, *, force: bool) -> None:
+    """Write model, record and (where there is a path for it) picture: all of them or none."""
+    from morph.atomic import atomic_path
+    from morph.files import save_model
+
+    record = result.record.to_json()
+    shape = tuple(record["environment"]["input_shape"])
+    with ExitStack() as files:
+        model, sheet, *pictures = [files.enter_context(atomic_path(path, force=force)) for path in paths]
+        save_model(result.model, model, input_shape=shape, arch=record.get("architecture"), record=record, force=True)
+        result.record.save(sheet, force=True)
+        for path in pictures:
+            assert draw is not None
+            draw(record, path)
