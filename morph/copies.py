@@ -106,9 +106,9 @@ class Widener:
                 model = self.carrier.apply(found)
                 return Widened(model, found.plan, done, tuple(left), found.form, found.why_graph)
             culprit = self._at_fault(found, wanted)
-            if culprit is None:
-                raise EditError(f"{type(self.model).__name__} cannot carry copies: {found.reason} (in {found.module or 'the model'})")
             reason = f"{found.reason} (in {found.module or 'the model'})"
+            if culprit is None:
+                raise EditError(f"{type(self.model).__name__} cannot carry copies: {reason}")
             some = self.carrier.siblings(culprit, list(wanted))
             left += [LeftWhole(one, len(wanted.pop(one)), reason) for one in some]
 

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from morph.analysis.atoms import Labels
+from morph.analysis.edits import times_of
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton, without_data
@@ -42,34 +42,11 @@ class GraphFitter:
         recording, self.values = record_nodes(self.graph, self.inputs)
         self.state: Propagation = propagate(recording, RULES)
 
-    def times(self, edits: Sequence[Resize]) -> Labels:
-        """How often each label of the graph is there after the edits; factors of reshapes follow from their wholes."""
-        atoms = self.state.atoms
-        times = np.ones(atoms.count, np.int64)
-        for edit in edits:
-            value = self.state.recording.sources.get(edit.tensor)
-            if value is None:  # the graph does not use it
-                continue
-            counts = np.bincount(np.array(edit.index, np.int64), minlength=edit.size)
-            times[atoms.find(self.state.tag(value).axes[edit.axis])] = counts
-        for relation in self.state.relations:
-            whole = times[atoms.find(relation.whole)]
-            if (whole == 1).all():
-                continue
-            for factor in map(atoms.find, relation.factors):
-                for label in np.unique(factor[factor != 0]).tolist():
-                    rows = whole[factor == label]
-                    if (rows == 0).all():
-                        times[label] = 0
-                    elif (rows > 1).all():
-                        times[label] = rows.min()
-        return times[atoms.roots()]
-
     def fit(
         self, edits: Sequence[Resize], groups: Sequence[SetAttribute]
     ) -> tuple[list[SetConstant | SplitAt], Misfit | None]:
         """Find the constants with which the graph carries the new sizes."""
-        times = self.times(edits)
+        times = times_of(self.state, edits)
         cut = resized(self.graph, [e for e in edits if e.tensor in self.state.recording.sources])
         assert isinstance(cut, fx.GraphModule)
         set_attributes(cut, groups)

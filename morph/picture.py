@@ -5,7 +5,6 @@ The figures stand on canvases of their own, and the same rows give the same file
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Sequence

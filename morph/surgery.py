@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morph.analysis import analyse
+from morph.analysis.edits import drops, times_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
-from morph.plan import Check, Plan, Record
+from morph.plan import Check, Plan, Record, Reinitialise, Resize, Substitute
+from morph.removal import LIMIT as CUT_LIMIT
+from morph.removal import compare
 from morph.tracing import try_inputs
 from morph.verify import require, same_function
+from morph.zeroing import run_zeroed
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Result:
     """A model that went through surgery.
 
     Attributes:
-        model: A new module of the same class, with the same parameter names.
+        model: A new module of the same class, or its traced graph if the record says so. Parameters keep their names,
+            unless blocks were inserted or put in the place of others.
         record: What was decided, done and measured.
     """
 
@@ -48,11 +54,21 @@ def operate(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool) -> Op
     """
     preserving = plan.preserving()
     grown = apply_plan(model, preserving)
-    checks = same_function(model, grown, inputs) if verify else ()
+    checks: tuple[Check, ...] = ()
+    if verify:
+        resizes = [edit for edit in preserving.edits if isinstance(edit, Resize)]
+        checks = (_zeroing(model, grown, resizes, inputs),) if drops(resizes) else same_function(model, grown, inputs)
     require(checks)
     if preserving != plan:
         grown = apply_plan(model, plan)
     return Operated(grown, count(grown, inputs[:1]), checks)
+
+
+def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Tensor) -> Check:
+    """Compare a cut model with the model before whose readers see zero in place of what was cut."""
+    state = analyse(model, inputs).state
+    wanted = run_zeroed(state, model, inputs, times_of(state, edits))
+    return compare("zeroing reference", wanted, cut, inputs, CUT_LIMIT)
 
 
 def replay(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool = True) -> Result:
@@ -94,11 +110,16 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
     if not checks:
         return "not verified: switched off"
     text = "outputs and input gradients in evaluation mode, float64, before and after"
-    return (
-        text
-        if plan == plan.preserving()
-        else text + "; then all weights were drawn afresh, so the new model computes something else"
-    )
+    if drops([edit for edit in plan.edits if isinstance(edit, Resize)]):
+        text = (
+            "outputs in evaluation mode, float64: equal to those of the model before with zeros where its readers saw "
+            "what was cut"
+        )
+    if any(isinstance(edit, Reinitialise) for edit in plan.edits):
+        return text + "; then all weights were drawn afresh, so the new model computes something else"
+    if any(isinstance(edit, Substitute) for edit in plan.edits):
+        return text + "; then blocks were put in with fresh weights, so the new model computes something else"
+    return text
 
 
 def environment(model: nn.Module, inputs: Tensor) -> Mapping[str, Any]:

@@ -65,9 +65,6 @@ def test_a_saved_record_is_replayed_on_a_fresh_copy(tmp_path):
         morph.replay(result.model, plan, inputs, verify=False)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="replay asks every plan but the redrawn ones for the same function", raises=CheckFailedError
-)
 def test_a_cut_is_replayed_with_verification():
     model, inputs = make("chain")
     result = prune(model, inputs, ratio=0.5)
