@@ -20,6 +20,8 @@ from morph.scores import FisherProbe, Loss, cross_entropy
 from morph.surgery import Result, environment, operate, promise, sizes
 from morph.tracing import Trace, trace
 
+WIDEN = "widening is another move (--move widen, or morph.widen)"
+
 
 def expand(
     model: nn.Module,
@@ -158,14 +160,21 @@ def find_growable(traced: Trace, cells: Sequence[Cell], counts: Counts) -> tuple
     return convs, left
 
 
+def require_groups(model: nn.Module) -> None:
+    """Refuse a model without a single grouped convolution, before any data is looked for.
+
+    Raises:
+        NothingToGrowError: If there is none.
+    """
+    if not any(isinstance(module, _ConvNd) and module.groups > 1 for module in model.modules()):
+        raise NothingToGrowError(f"{type(model).__name__} has no grouped convolution to merge; {WIDEN}")
+
+
 def _check_growable(convs: Mapping[str, Sequence[Grouped]], left: Sequence[Left]) -> None:
     """Refuse a model in which nothing can be merged."""
     if not any(convs.values()):
         why = f" ({len(left)} left whole, the first: {left[0].name}: {left[0].reason})" if left else ""
-        raise NothingToGrowError(
-            f"the model has no grouped convolution that can be merged in its cells{why}; widening is another move "
-            "(--move widen, or morph.widen)"
-        )
+        raise NothingToGrowError(f"the model has no grouped convolution that can be merged in its cells{why}; {WIDEN}")
 
 
 def _check_size(after: Counts, last: Step) -> None:

@@ -141,16 +141,12 @@ def _note_blocks(one: Coupling, other: Coupling, blocks: dict[str, int]) -> None
 
 def list_frozen(state: Propagation) -> list[Frozen]:
     """Why parameters are pinned: each reason with how many of their positions it pinned first."""
-    on_parameters = np.zeros(state.atoms.count, np.int64)
-    for value in state.recording.sources.values():
-        for labels in state.tag(value).axes:
-            np.add.at(on_parameters, labels[labels != 0], 1)
     found: dict[tuple[str, str, str], int] = collections.defaultdict(int)
-    for pin in state.pins:
+    calls = state.recording.calls
+    for pin in state.pinned:
         if pin.reason == KERNEL:
             continue
-        call = state.recording.calls[pin.call] if 0 <= pin.call < len(state.recording.calls) else None
-        key = (pin.reason, call.where if call else "", call.module if call else "")
-        found[key] += int(on_parameters[pin.labels].sum())
+        call = calls[pin.call] if 0 <= pin.call < len(calls) else None
+        found[pin.reason, call.where if call else "", call.module if call else ""] += pin.positions
     rows = [Frozen(*key, positions) for key, positions in found.items() if positions]
     return sorted(rows, key=lambda f: -f.positions)

@@ -13,7 +13,7 @@ import torch
 from morph.analysis.atoms import Atoms, Labels
 from morph.analysis.recording import Call, Recording, Value
 from morph.analysis.relations import Key, Relation, Reshaper
-from morph.analysis.tags import Pin, Statistic, Sum, Tag, operator_name, tags_in, values_in
+from morph.analysis.tags import Pin, Pinned, Statistic, Sum, Tag, operator_name, tags_in, values_in
 from morph.errors import AnalysisError
 
 Rule = Callable[..., Any]
@@ -33,6 +33,7 @@ class Propagation:
     unknown: collections.Counter[str] = field(default_factory=collections.Counter)
     fresh_labels: dict[tuple[int, Key], Labels] = field(default_factory=dict)
     groups: dict[int, Labels] = field(default_factory=dict)
+    pinned: list[Pinned] = field(default_factory=list)
     number: int = -1
 
     def __post_init__(self) -> None:
@@ -57,7 +58,10 @@ class Propagation:
         labels = self.atoms.new(n)
         self.fresh_labels[self.number, key] = labels
         frozen = self.frozen_before.get((self.number, key))
-        return labels if frozen is None or len(frozen) != n else np.where(frozen, 0, labels)
+        if frozen is None or len(frozen) != n:
+            return labels
+        self.atoms.union(labels[frozen], 0)
+        return np.where(frozen, 0, labels)
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
@@ -225,7 +229,7 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
 
     A later pass knows what earlier ones found frozen, so that fewer reshapes have to be described by relations.
     """
-    state = _once(recording, rules, {})
+    first = state = _once(recording, rules, {})
     for _ in range(passes - 1):
         if not state.relations:
             break
@@ -234,7 +238,17 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
         if frozen.keys() == done.keys() and all(np.array_equal(v, done[k]) for k, v in frozen.items()):
             break
         state = _once(recording, rules, frozen)
+    state.pinned, state.unknown = _pinned(first), first.unknown
     return state
+
+
+def _pinned(state: Propagation) -> list[Pinned]:
+    """How many positions of parameters each pin has pinned, by the labels that stood for them."""
+    counts = np.zeros(state.atoms.count, np.int64)
+    for value in state.recording.sources.values():
+        for labels in state.tag(value).axes:
+            np.add.at(counts, labels[labels != 0], 1)
+    return [Pinned(pin.call, pin.reason, int(counts[pin.labels].sum())) for pin in state.pins]
 
 
 def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple[int, Key], Labels]) -> Propagation:

@@ -163,6 +163,22 @@ def without_data(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes, parameters and buffers back afterwards: some keep what a run has computed."""
+    saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in evaluation mode whose floating-point tensors have shapes but no data.
 

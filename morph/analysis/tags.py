@@ -72,6 +72,21 @@ class Pin:
     labels: Labels
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """How much a pin has pinned.
+
+    Attributes:
+        call: Number of the call, -1 for what comes from outside any call.
+        reason: Why.
+        positions: Positions of parameters that its labels stand for.
+    """
+
+    call: int
+    reason: str
+    positions: int
+
+
 def tags_in(tree: Any) -> list[Tag]:
     """Every tag in nested lists and tuples."""
     if isinstance(tree, Tag):
