@@ -6,8 +6,13 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from morph.cli.model_arguments import expected_from
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from morph.data import LabelledImages
+    from morph.files import OpenedModel
 
 DATA_HELP = (
     "labelled images: a folder with one folder of images per class (or with such folders in test/ or train/), a CIFAR "
@@ -21,12 +26,21 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="DATA", help=DATA_HELP)
     group.add_argument(
-        "--split", choices=["test", "train"], default="test", help="which part of a folder to read (default test)"
+        "--split",
+        choices=["test", "train"],
+        default="test",
+        help="which part of a folder to read (default %(default)s)",
     )
     group.add_argument(
-        "--limit", type=positive, default=1024, metavar="N", help="read at most N images, drawn by seed (default 1024)"
+        "--limit",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="read at most N images, drawn by seed (default %(default)s)",
     )
-    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images in a batch (default 64)")
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch (default %(default)s)"
+    )
     for name, what in (("mean", "subtract from"), ("std", "divide, after that,")):
         group.add_argument(
             f"--{name}",
@@ -35,6 +49,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
             help=f"what to {what} each channel of pixels in 0..1 (default: CIFAR-10's for 3x32x32, else ImageNet's; "
             "floating-point images are taken as they are)",
         )
+
+
+def add_probe_batches(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add how many batches scores are computed on; ``what`` says which scores."""
+    parser.add_argument(
+        "--probe-batches", type=positive, metavar="N", help=f"batches to score with ({what}; default 1)"
+    )
 
 
 def positive(text: str) -> int:
@@ -93,3 +114,28 @@ def data_from(
             "from 0 in the order of their names"
         )
     return data
+
+
+def data_for_scores(
+    args: argparse.Namespace, opened: OpenedModel, needed: bool
+) -> tuple[list[tuple[Tensor, Tensor]] | None, dict[str, object]]:
+    """The batches of `add_data` and `add_probe_batches` if the score looks at data, and what a record says of them.
+
+    Raises:
+        DataError: As `data_from`, or if there are options for data that nothing would look at.
+    """
+    import torch
+
+    from morph.batches import take_batches
+    from morph.errors import DataError
+
+    if not needed:
+        for name, flag in (("data", "--data"), ("probe_batches", "--probe-batches")):
+            if getattr(args, name) is not None:
+                raise DataError(f"{flag} means nothing to --score {args.score}, which looks at no data; leave it out")
+        return None, {}
+    shape, classes = expected_from(args, opened)
+    images = data_from(args, input_shape=shape, num_classes=classes)
+    batches = take_batches(images, args.probe_batches or 1, args.batch_size, args.seed, torch.device("cpu"))
+    used = {"batch_size": args.batch_size, "probe_batches": len(batches)}
+    return batches, {"data": {**images.describe(), **used}}

@@ -8,7 +8,9 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
+    "prune": "cut the least useful channels and heads out of a model",
     "expand": "grow a student into its teacher without changing what it computes",
+    "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
     "draw": "draw the graph of a model, block by block",

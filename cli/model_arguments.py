@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from morph.files import OpenedModel
 
 MODEL_HELP = "file or name of the model: a model file, zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable"
@@ -72,3 +74,33 @@ def input_shape_from(args: argparse.Namespace, opened: OpenedModel) -> tuple[int
             f"{opened.source}: does not say what its input is; give the shape of one sample, e.g. --input 3x224x224"
         )
     return shape
+
+
+def random_inputs_from(args: argparse.Namespace, opened: OpenedModel, samples: int = 2) -> Tensor:
+    """Random numbers of the model's input shape and type, by ``--seed``; errors as `input_shape_from`."""
+    import torch
+
+    shape = input_shape_from(args, opened)
+    kinds = [p.dtype for p in opened.model.parameters() if p.is_floating_point()]
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randn(samples, *shape, generator=generator).to(kinds[0] if kinds else torch.float32)
+
+
+def expected_from(args: argparse.Namespace, opened: OpenedModel) -> tuple[tuple[int, ...] | None, int | None]:
+    """Shape of one sample and number of classes, as far as the model tells.
+
+    Raises:
+        TraceError: If the model does not accept samples of that shape.
+    """
+    import torch
+
+    from morph.tracing import evaluation, try_inputs
+
+    shape = args.input or opened.input_shape
+    if shape is None:
+        return None, None
+    sample = torch.zeros(2, *shape)
+    try_inputs(opened.model, (sample,))
+    with evaluation(opened.model), torch.no_grad():
+        logits = opened.model(sample)
+    return shape, logits.shape[1] if isinstance(logits, torch.Tensor) and logits.dim() == 2 else None

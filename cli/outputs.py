@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,30 @@ def paths_from(args: argparse.Namespace, label: str, beside: tuple[str, ...]) ->
         for path in paths:
             check_writable(path, force=args.force)
     return paths
+
+
+def with_facts(
+    result: Result, details: Mapping[str, Any] | None = None, environment: Mapping[str, Any] | None = None
+) -> Result:
+    """The result with more in its record."""
+    record = result.record
+    record = dataclasses.replace(
+        record,
+        details={**record.details, **(details or {})},
+        environment={**record.environment, **(environment or {})},
+    )
+    return dataclasses.replace(result, record=record)
+
+
+def target_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a record's sizes are from the target among its options; nothing if there was none."""
+    for metric in ("params", "macs"):
+        target = record["options"].get(f"target_{metric}")
+        if target is not None:
+            distance = record[f"{metric}_after"] - target
+            facts = {"distance": distance, "distance_relative": distance / target}
+            return {"target": target, "target_metric": metric, **facts}
+    return {}
 
 
 def finish(

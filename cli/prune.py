@@ -10,7 +10,7 @@ from morph.cli.data_arguments import add_data, add_probe_batches, data_for_score
 from morph.cli.model_arguments import add_model, open_from, random_inputs_from
 from morph.cli.numbers import size
 from morph.cli.output_arguments import add_output
-from morph.cli.outputs import finish, paths_from
+from morph.cli.outputs import finish, paths_from, target_facts, with_facts
 from morph.cli.summaries import show_checks, show_couplings, show_form, show_left, show_sizes
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ scores (the lowest go first):
 Cuts are exact: what is compared is the model before, with zeros where its readers saw what was cut. The pruned model
 computes something else than the model that came in; train it."""
 
+MOST_FROZEN = 20  # that a record holds
 GRADIENT_SCORES = ("taylor", "fisher")
 
 
@@ -50,36 +51,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ranking = parser.add_mutually_exclusive_group()
     ranking.add_argument(
-        "--global", dest="ranking", action="store_const", const="global", default="global",
+        "--global",
+        dest="ranking",
+        action="store_const",
+        const="global",
+        default="global",
         help="one threshold over all couplings (the default)",
     )
     ranking.add_argument(
         "--local", dest="ranking", action="store_const", const="local", help="the same share of each coupling"
     )
     parser.add_argument(
-        "--normalise", choices=["mean", "macs", "params", "none"], default="mean",
+        "--normalise",
+        choices=["mean", "macs", "params", "none"],
+        default="mean",
         help="what scores are divided by, to compare couplings: their mean, or what a unit costs (default %(default)s)",
     )
     parser.add_argument(
-        "--minimum", type=positive, default=1, metavar="N", help="units that stay in each coupling (default %(default)s)"
+        "--minimum",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="units that stay in each coupling (default %(default)s)",
     )
     parser.add_argument(
         "--multiple", type=positive, default=1, metavar="N", help="make widths multiples of this (default %(default)s)"
     )
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="PATTERN",
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
         help="couplings or tensors to leave whole (shell pattern; repeatable), e.g. 'layer4.*'",
     )
     parser.add_argument(
-        "--heads", choices=["whole", "inside", "both"], default="whole",
+        "--heads",
+        choices=["whole", "inside", "both"],
+        default="whole",
         help="cut whole heads (or groups), positions inside them, or both (default %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=positive, default=1, metavar="N",
+        "--steps",
+        type=positive,
+        default=1,
+        metavar="N",
         help="get there in so many steps, scoring afresh before each (default %(default)s)",
     )
     parser.add_argument(
-        "--form", choices=["auto", "class", "graph"], default="auto",
+        "--form",
+        choices=["auto", "class", "graph"],
+        default="auto",
         help="keep the model's class where its code can carry the new sizes, always, or never (default %(default)s)",
     )
     add_data(parser)
@@ -141,9 +162,37 @@ def run(args: argparse.Namespace) -> int:
             heads=args.heads,
             seed=args.seed,
         )
-    result = with_details(result, environment=description)
+    result = with_facts(result, target_facts(result.record.to_json()), description)
 
     def draw(record: dict[str, Any], path: Path) -> None:
         _draw(record, path, opened.source)
 
-    return finish(args, result, paths, _show, draw)
+    return int(finish(args, result, paths, _show, draw))
+
+
+def _draw(record: dict[str, Any], path: Path, source: str) -> None:
+    """Draw the units of each coupling before and after."""
+    from morph.picture import UnitRow, units_picture
+
+    rows = [UnitRow(row["name"], row["units_before"], row["units_after"]) for row in record["couplings"]]
+    sizes = f"{record['params_before']:,} to {record['params_after']:,} parameters"
+    units_picture(rows, path, title=f"{source}: {sizes}, {record['options']['score']}", force=True)
+
+
+def _show(record: dict[str, Any]) -> None:
+    """Print the couplings and the sums."""
+    from morph.cli import console
+
+    show_couplings("couplings", record["couplings"])
+    before, after = (sum(row[f"units_{when}"] for row in record["couplings"]) for when in ("before", "after"))
+    show_sizes(record)
+    console.line(f"units          {before:,} -> {after:,} in {len(record['couplings'])} couplings")
+    show_form(record)
+    show_left(record["left"], "couplings that were chosen")
+    if record["frozen"]:
+        first, others = record["frozen"][0], len(record["frozen"]) - 1
+        more = " or more" if others + 1 == MOST_FROZEN else ""
+        place = f" (at {first['where']})" if first["where"] else ""
+        console.line(f"frozen         by {first['reason']}{place}; {others}{more} other reasons")
+    show_checks(record)
+    console.line(f"verified       {record['verified']}")

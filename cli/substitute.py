@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morph.cli.data_arguments import add_data, data_from, positive
-from morph.cli.expand import _expected
-from morph.cli.model_arguments import add_model, open_from
+from morph.cli.model_arguments import add_model, expected_from, open_from
 from morph.cli.numbers import size
 from morph.cli.output_arguments import add_output
+from morph.cli.outputs import finish, paths_from
+from morph.cli.summaries import show_left, show_sizes
 
 if TYPE_CHECKING:
     from morph.substitution import Scored
-    from morph.surgery import Result
 
 EPILOG = """\
 blocks:
@@ -77,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from morph.cli import console
     from morph.substitution import CHOICES, substitute
 
-    paths = _paths(args)
+    paths = paths_from(args, "student", (".json",))
     opened = open_from(args)
-    shape, classes = _expected(opened, args)
+    shape, classes = expected_from(args, opened)
     data = data_from(args, input_shape=shape, num_classes=classes)
     with console.progress("substitute", quiet=args.json) as advance:
 
@@ -99,42 +98,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             on_candidate=on_candidate,
         )
-    if not args.dry_run:
-        _write(result, *paths, force=args.force)
-    record = result.record.to_json()
-    if args.json:
-        console.document(record | {"written": [] if args.dry_run else [str(path) for path in paths]})
-        return 0
-    _show(record)
-    console.line("dry run: nothing written" if args.dry_run else "written: " + ", ".join(str(path) for path in paths))
-    return 0
-
-
-def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Student and record; refused now if they could not be written later."""
-    from morph.atomic import check_writable
-    from morph.errors import OutputError
-
-    student = args.out or Path(f"{Path(args.model.rpartition(':')[2]).stem}-student.pt")
-    paths = (student, student.with_suffix(".json"))
-    if paths[0] == paths[1]:
-        raise OutputError(f"{student}: give a name that ends in .pt, since .json is taken by the record")
-    if not args.dry_run:
-        for path in paths:
-            check_writable(path, force=args.force)
-    return paths
-
-
-def _write(result: Result, student: Path, sheet: Path, *, force: bool) -> None:
-    """Write student and record: both or none."""
-    from morph.atomic import atomic_path
-    from morph.files import save_model
-
-    record = result.record.to_json()
-    shape = tuple(record["environment"]["input_shape"])
-    with atomic_path(student, force=force) as one, atomic_path(sheet, force=force) as two:
-        save_model(result.model, one, input_shape=shape, record=record, force=True)
-        result.record.save(two, force=True)
+    return int(finish(args, result, paths, _show))
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -148,13 +112,7 @@ def _show(record: dict[str, Any]) -> None:
         for block in record["blocks"]
     ]
     console.table("blocks", ("block", "choice", "parameters", "after"), rows, left=2)
-    console.line()
-    console.line(f"parameters     {record['params_before']:,} -> {record['params_after']:,}")
-    console.line(
-        f"multiply-adds  {record['macs_before']:,} -> {record['macs_after']:,}  (one sample; 1 multiply-add = 1)"
-    )
-    off = f"{record['distance']:+,} ({record['distance_relative']:+.2%})"
-    console.line(f"target         {record['target']:,} {record['target_metric']}: off by {off}")
+    show_sizes(record)
     ranked = f"{len(record['candidates'])} ranked"
     console.line(
         f"candidates     {ranked} of {record['drawn']:,} drawn: {record['outside_window']:,} of another size, "
@@ -163,6 +121,4 @@ def _show(record: dict[str, Any]) -> None:
     middle = median(candidate["score"] for candidate in record["candidates"])
     console.line(f"Fisher         {record['score']:.3g} (median of the candidates: {middle:.3g})")
     console.line(f"weights        {record['weights']}; not weight-preserving: train it")
-    if record["left"]:
-        first = record["left"][0]
-        console.line(f"left whole     {len(record['left'])} convolutions, e.g. {first['name']}: {first['reason']}")
+    show_left(record["left"], "convolutions")

@@ -11,7 +11,10 @@ def show_sizes(record: Mapping[str, Any]) -> None:
     from morph.cli import console
 
     console.line()
-    for name, what, note in (("params", "parameters", ""), ("macs", "multiply-adds", "  (one sample; 1 multiply-add = 1)")):
+    for name, what, note in (
+        ("params", "parameters", ""),
+        ("macs", "multiply-adds", "  (one sample; 1 multiply-add = 1)"),
+    ):
         before, after = record[f"{name}_before"], record[f"{name}_after"]
         console.line(f"{what:<14} {before:,} -> {after:,}{note}")
     if "target" in record:
@@ -58,7 +61,6 @@ def show_left(items: Sequence[Mapping[str, Any]], what: str) -> None:
     reasons: dict[str, str] = {}
     for item in items:
         reasons.setdefault(item["reason"], item.get("coupling") or item.get("name") or "")
-    if items:
-        console.line(f"left whole     {len(items)} {what}")
-        for reason, name in list(reasons.items())[:3]:
-            console.line(f"               e.g. {name}: {reason}")
+    for number, (reason, name) in enumerate(list(reasons.items())[:3]):
+        head = f"left whole     {len(items)} {what}," if number == 0 else " " * 14
+        console.line(f"{head} e.g. {name}: {reason}")

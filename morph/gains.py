@@ -21,7 +21,7 @@ from morph.policies import Metric
 from morph.scores import Loss
 from morph.unit_scores import score_units
 
-WIDEST = 8  # times as many units as there were
+WIDEST = 8  # how often a unit may be there
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,10 @@ class Copier:
         times = np.ones(self.analysis.couplings[name].units)
         for unit, copies in self.copies.get(name, {}).items():
             times[unit] = copies
-        if times.min() >= WIDEST:
+        room = np.flatnonzero(times < WIDEST)
+        if not len(room):
             return None
-        order = np.argsort(-self.scores[name] / times**2, kind="stable")
+        order = room[np.argsort(-(self.scores[name] / times**2)[room], kind="stable")]
         return self._priced(name, tuple(order[: max(1, round(len(times) * self.share))].tolist()))
 
     def _priced(self, name: str, units: tuple[int, ...]) -> Offer:

@@ -61,7 +61,7 @@ def grow_by_gain(
     Merging groups changes which units hang together. So the steps are first chosen on the model that came in, with
     copies at the sizes that they have there; of these the merges are carried out, the model is analysed again, and
     copies are chosen on it, one step after another, until the target is met. The last step copies no more units than
-    are needed.
+    are needed. Only where copies do not make up the rest, more groups are merged, past the target if need be.
 
     Args:
         model: Not touched.
@@ -110,15 +110,20 @@ def grow_by_gain(
     _check_gains([scores[cell] for cell in convs if convs[cell]], copier)
     ledger = Ledger(convs, before.params, before.macs)
     merges = choose_merges(ledger, scores, copier, metric, target)
-    edits: tuple[Edit, ...] = ledger.edits(merges)
-    steps = _told(merges, before, metric)
     widened: Widened | None = None
-    if getattr(ledger, metric) < target:
-        start = Sizes(ledger.params, ledger.macs)
-        grown = apply_plan(model, Plan(edits))
-        copier = Copier(grown, batches, start, metric, share, ignore, form, loss)
-        widened = copier.reach(target)
-        edits, steps = (*edits, *widened.plan.edits), [*steps, *copier.steps]
+    while getattr(ledger, metric) < target:
+        grown = apply_plan(model, Plan(ledger.edits(merges)))
+        copier = Copier(grown, batches, Sizes(ledger.params, ledger.macs), metric, share, ignore, form, loss)
+        try:
+            widened = copier.reach(target)
+            break
+        except TargetError:  # copies alone do not make up the rest
+            if not (offers := _offers(ledger, scores)):
+                raise
+            merges.append(max(offers, key=lambda step: _rate(step, ledger, metric)))
+            ledger.take(merges[-1])
+    edits: tuple[Edit, ...] = (*ledger.edits(merges), *(widened.plan.edits if widened else ()))
+    steps = [*_told(merges, before, metric), *(copier.steps if widened else ())]
     for step in steps:
         on_step(step)
     plan = Plan(edits)
@@ -168,8 +173,7 @@ def choose_merges(
 ) -> list[Step]:
     """Play merges against copies, the highest gain for what it adds first, until the target is met.
 
-    Merges that would lead past the target are passed over, as copies can meet it more closely, unless nothing else is
-    left.
+    Merges that would lead past the target are passed over, as copies can meet it more closely.
 
     Args:
         ledger: The groups of the model that came in; advanced by what is chosen.
@@ -184,18 +188,11 @@ def choose_merges(
     start = getattr(ledger, metric)
     merges: list[Step] = []
     while (size := getattr(ledger, metric) - start + getattr(copier.sizes, metric)) < target:
-        present = getattr(ledger, metric)
-
-        def added(step: Step, present: int = present) -> int:
-            return int(getattr(step, metric)) - present
-
-        offers = [ledger.next_step(cell, scores[cell]) for cell in ledger.cells if ledger.can_grow(cell)]
+        room = getattr(ledger, metric) + target - size
+        fitting = [step for step in _offers(ledger, scores) if getattr(step, metric) <= room]
+        merge = max(fitting, key=lambda step: _rate(step, ledger, metric), default=None)
         copies = copier.best()
-        fitting = [step for step in offers if size + added(step) <= target]
-        if not fitting and copies is None:
-            fitting = offers
-        merge = max(fitting, key=lambda step: (step.score or 0.0) / added(step), default=None)
-        if merge is not None and (copies is None or (merge.score or 0.0) / added(merge) >= copies.rate):
+        if merge is not None and (copies is None or _rate(merge, ledger, metric) >= copies.rate):
             ledger.take(merge)
             merges.append(merge)
         elif copies is not None:
@@ -203,6 +200,16 @@ def choose_merges(
         else:
             break
     return merges
+
+
+def _offers(ledger: Ledger, scores: Mapping[str, float]) -> list[Step]:
+    """The merges that could be next."""
+    return [ledger.next_step(cell, scores[cell]) for cell in ledger.cells if ledger.can_grow(cell)]
+
+
+def _rate(step: Step, ledger: Ledger, metric: Metric) -> float:
+    """Gain of a merge for what it adds."""
+    return (step.score or 0.0) / max(int(getattr(step, metric)) - int(getattr(ledger, metric)), 1)
 
 
 def _check_gains(cells: Sequence[float], copier: Copier) -> None:

@@ -5,6 +5,7 @@ The figures stand on canvases of their own, and the same rows give the same file
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -272,7 +273,13 @@ def _under_headings(rows: Sequence[UnitRow]) -> list[Line]:
 
 def _columns(lines: Sequence[Line]) -> list[list[Line]]:
     """Lines in columns of about the same length; a heading stays with its rows, and is repeated above the rest."""
-    height = math.ceil(len(lines) / math.ceil(len(lines) / _LINES))
+    most = math.ceil(len(lines) / _LINES)
+    tried = (_split(lines, height) for height in itertools.count(math.ceil(len(lines) / most)))
+    return next(columns for columns in tried if len(columns) <= most)
+
+
+def _split(lines: Sequence[Line], height: int) -> list[list[Line]]:
+    """Lines in columns of at most ``height``, the last line of which is no heading."""
     columns: list[list[Line]] = [[]]
     heading = ""
     for line in lines:

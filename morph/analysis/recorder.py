@@ -283,7 +283,7 @@ def _frame() -> tuple[str, int, str]:
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if code is _Recorder.run.__code__:  # what lies above is whoever asked for the analysis
+        if code is _Recorder._call.__code__:  # what lies above is whoever asked for the analysis
             break
         if not code.co_filename.startswith(_LIBRARIES):
             return code.co_filename, frame.f_lineno, code.co_name
