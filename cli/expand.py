@@ -217,7 +217,9 @@ def _widen(args: argparse.Namespace) -> int:
         form=args.form or "auto",
         seed=args.seed,
     )
-    couplings = unit_rows(analyse(opened.model, inputs).couplings.values(), result.record.plan)
+    couplings = unit_rows(
+        analyse(opened.model, inputs).couplings.values(), result.record.plan, result.record.details["copied"]
+    )
     details = {**target_facts(result.record.to_json()), "couplings": couplings}
     return int(finish(args, with_facts(result, details, description), paths, show_wider, drawing(draw_units, opened)))
 

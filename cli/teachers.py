@@ -31,12 +31,16 @@ def draw_cells(record: dict[str, Any], path: Path, source: str) -> None:
 
 
 def draw_units(record: dict[str, Any], path: Path, source: str) -> None:
-    """Draw merged groups and copied units."""
+    """Draw copied units; of a mixed growth, merged groups and the couplings that grew."""
     from morph.picture import UnitRow, units_picture
 
     merged = [row for row in record.get("cells", []) if row["groups_before"] != row["groups_after"]]
     rows = [UnitRow(f"{row['name']} groups", row["groups_before"], row["groups_after"], inverse=True) for row in merged]
-    rows += [UnitRow(row["name"], row["units_before"], row["units_after"]) for row in record["couplings"]]
+    rows += [
+        UnitRow(row["name"], row["units_before"], row["units_after"])
+        for row in record["couplings"]
+        if "cells" not in record or row["units_before"] != row["units_after"]
+    ]
     sizes = f"{record['params_before']:,} to {record['params_after']:,} parameters"
     units_picture(rows, path, title=f"{source}: {sizes}", force=True)
 
@@ -100,12 +104,12 @@ def show_grown(record: dict[str, Any]) -> None:
     rows = []
     for name in dict.fromkeys((step["move"], step["name"]) for step in record["steps"]):
         steps = [step for step in record["steps"] if (step["move"], step["name"]) == name]
-        gain, added = (sum(step[what] for step in steps) for what in ("gain", "added"))
-        rows.append((*name, str(len(steps)), f"{gain:.3g}", f"+{added:,}", f"{gain / max(added, 1):.2g}"))
+        added = sum(step["added"] for step in steps)
+        first, last = (f"{step['gain'] / max(step['added'], 1):.2g}" for step in (steps[0], steps[-1]))
+        rows.append((*name, str(len(steps)), f"+{added:,}", first, last))
     metric = record["target_metric"]
-    console.table(
-        "growth", ("move", "cell or coupling", "steps", "gain", metric, f"gain per {metric[:-1]}"), rows, left=2
-    )
+    header = ("move", "cell or coupling", "steps", metric, f"gain per {metric[:-1]}, first", "last")
+    console.table("growth", header, rows, left=2)
     changed = [row for row in record["couplings"] if row["units_before"] != row["units_after"]]
     if changed:
         console.line()

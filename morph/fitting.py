@@ -15,10 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Value
+from morph.analysis.recording import Call, Inputs, Value, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.plan import Resize, SetAttribute
-from morph.resizing import resized, set_attributes
+from morph.resizing import resize_own, set_attributes
 
 _TRIES = 60
 _aten = torch.ops.aten
@@ -83,9 +83,8 @@ class Fitter:
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        cut = resized(self.base, edits)
         chosen = self.groups(times)
-        misfit = self._try(cut, chosen, times)
+        misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
             better = None
@@ -93,7 +92,7 @@ class Fitter:
                 if key in tried:
                     continue
                 tried.add(key)
-                found = self._try(cut, [*chosen, *more], times)
+                found = self._try(edits, [*chosen, *more], times)
                 if found is None or found.call > misfit.call:
                     better = (more, found)
                     break
@@ -115,13 +114,12 @@ class Fitter:
                 found[path] = SetAttribute(path, attribute, old, new)
         return list(found.values())
 
-    def _try(self, cut: nn.Module, attributes: Sequence[SetAttribute], times: Labels) -> Misfit | None:
+    def _try(self, edits: Sequence[Resize], attributes: Sequence[SetAttribute], times: Labels) -> Misfit | None:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
-        set_attributes(cut, attributes)
-        try:
-            recording, path, error = rerun(cut, self.inputs, self.traced, self.analysis.recording.whole)
-        finally:
-            set_attributes(cut, [SetAttribute(e.module, e.attribute, e.new, e.value) for e in reversed(attributes)])
+        with put_back(self.base):
+            resize_own(self.base, edits)
+            set_attributes(self.base, attributes)
+            recording, path, error = rerun(self.base, self.inputs, self.traced, self.analysis.recording.whole)
         recorded = self.analysis.recording
         settled = recorded.settled
         expected = recorded.calls[:settled]

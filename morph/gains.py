@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -234,14 +234,21 @@ class Copier:
         return found
 
 
-def unit_rows(couplings: Iterable[Coupling], plan: Plan) -> list[dict[str, Any]]:
-    """How many units each coupling has before and after the plan's resizes."""
+def unit_rows(couplings: Iterable[Coupling], plan: Plan, copied: Container[str]) -> list[dict[str, Any]]:
+    """How many units each coupling has before and after a plan that copies units of some of them.
+
+    Args:
+        couplings: Of the model that the plan's resizes are for.
+        plan: What is carried out.
+        copied: Names of the couplings of which units are copied. Positions of others may be copied with these, as those
+            inside a head are with the head; they have as many units as before.
+    """
     resized = {(edit.tensor, edit.axis): edit for edit in plan.edits if isinstance(edit, Resize)}
     rows = []
     for coupling in couplings:
-        places = [(p, resized[p.tensor, p.axis]) for p in coupling.places if (p.tensor, p.axis) in resized]
         after = coupling.units
-        if places:
+        places = [(p, resized[p.tensor, p.axis]) for p in coupling.places if (p.tensor, p.axis) in resized]
+        if coupling.name in copied and places:
             place, edit = places[0]
             after = int(np.isin(edit.index, place.positions[:, 0]).sum())
         rows.append({"name": coupling.name, "units_before": coupling.units, "units_after": after})

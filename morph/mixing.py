@@ -156,7 +156,7 @@ def grow_by_gain(
             "scores": f"{GAIN}; divided by the {metric} that a step adds",
             "steps": [asdict(step) for step in steps],
             "cells": _cell_rows(convs, scores, merges),
-            "couplings": unit_rows(copier.analysis.couplings.values(), plan) if widened else [],
+            "couplings": unit_rows(copier.analysis.couplings.values(), plan, copier.copies) if widened else [],
             "form": widened.form if widened else "class",
             "why_graph": widened.why_graph if widened else "",
             "left": [{"name": item.name, "reason": item.reason} for item in left]

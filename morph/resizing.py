@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,38 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
         PlanMismatchError: If a tensor is missing or of another size; all are counted, the first named.
         EditError: If the model cannot be copied.
     """
+    fresh = _new_tensors(model, edits)
+    try:
+        result = copy.deepcopy(model, dict(fresh))
+    except Exception as error:
+        raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
+    new = {id(t) for t in fresh.values()}
+    for module in result.modules():
+        if any(id(t) in new for t in [*module._parameters.values(), *module._buffers.values()]):
+            _tell(module)
+    return result
+
+
+def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
+    """Resize the tensors of a copy of our own, in place; errors as for `resized`."""
+    fresh = _new_tensors(model, edits)
+    for module in model.modules():
+        holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+        changed = [(holder, name) for holder in holders for name, t in holder.items() if id(t) in fresh]
+        for holder, name in changed:
+            holder[name] = fresh[id(holder[name])]
+        if changed:
+            _tell(module)
+
+
+def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]:
+    """The resized tensor for each tensor, by the identity of the old one."""
     tensors = dict(named_tensors(model))
     _check_fit(tensors, edits)
     by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
     for edit in edits:
         by_tensor[edit.tensor].append(edit)
-    memo: dict[int, object] = {}
+    fresh: dict[int, Tensor] = {}
     for name, some in by_tensor.items():
         old = tensors[name]
         new = resize(old.detach(), some)
@@ -40,16 +67,8 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
             if type(old) is not nn.Parameter:
                 raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        memo[id(old)] = new
-    try:
-        result = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
-    fresh = {id(memo[id(tensors[name])]) for name in by_tensor}
-    for module in result.modules():
-        if any(id(t) in fresh for t in [*module._parameters.values(), *module._buffers.values()]):
-            _tell(module)
-    return result
+        fresh[id(old)] = new
+    return fresh
 
 
 def resize(tensor: Tensor, edits: Sequence[Resize]) -> Tensor:

@@ -195,12 +195,18 @@ def test_what_evaluation_does_not_run_is_left():
 
 def test_unit_rows_count_positions_as_units():
     model = randomise(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 9 * 11, 7)))
-    couplings = morph.analyse(model, BATCH[0][:2]).couplings
-    wide = morph.widen(model, BATCH[0][:2], ratio=1.4)
-    assert unit_rows(couplings.values(), wide.record.plan) == [
-        {"name": "0.weight[0]", "units_before": 5, "units_after": 7}
-    ]
-    assert unit_rows(couplings.values(), Plan(()))[0]["units_after"] == 5
+    couplings = morph.analyse(model, BATCH[0][:2]).couplings.values()
+    plan = morph.widen(model, BATCH[0][:2], ratio=1.4).record.plan
+    assert unit_rows(couplings, plan, {"0.weight[0]"}) == [{"name": "0.weight[0]", "units_before": 5, "units_after": 7}]
+    assert unit_rows(couplings, plan, ())[0]["units_after"] == 5
+
+
+def test_positions_inside_copied_groups_are_not_said_to_be_copied():
+    result = grow(net(), target_params=8_500, at=["blocks.0"])
+    rows = {r["name"]: (r["units_before"], r["units_after"]) for r in result.record.details["couplings"]}
+    assert rows["stem.weight[0]#1"] == (6, 7)
+    assert all(before == after for name, (before, after) in rows.items() if name != "stem.weight[0]#1")
+    assert "positions" in {r["name"]: r["reason"] for r in result.record.details["left"]}["stem.weight[0]"]
 
 
 @pytest.mark.parametrize(
