@@ -18,9 +18,9 @@ from morph.couplings import Choice, Coupling
 from morph.errors import TargetError
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
-from morph.selection import Heads, Normalise, Ranking, choose_units, matches, schedule
+from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
 from morph.surgery import Result, environment
-from morph.unit_scores import Score, score_units
+from morph.unit_scores import GRADIENT, Score, score_units
 from morph.verify import require
 
 Loss = Callable[[Any, Any], Tensor]
@@ -146,7 +146,11 @@ def _step(
     form: Form,
 ) -> Removed:
     """Score, choose and cut once."""
-    couplings = [c for c in analysis.couplings.values() if not matches(c, asked.ignore)]
+    couplings = [
+        c
+        for c in choose_families(list(analysis.couplings.values()), asked.heads)
+        if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
+    ]
     scores = score_units(model, couplings, asked.score, inputs=inputs, data=data, loss=loss, seed=asked.seed)
     batch = batch_of(inputs)
     choice = choose_units(

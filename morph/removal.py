@@ -169,15 +169,17 @@ def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Input
     got = run_doubled(model, inputs)
     if [t.shape for t in got] != [t.shape for t in wanted]:
         return Check(name, float("inf"), float("inf"), limit, samples, "float64")
-    difference = relative = 0.0
+    difference = relative = largest = 0.0
     for before, after in zip(wanted, got, strict=True):
         if not before.numel():
             continue
         moved, size = float((before - after).abs().max()), float(before.abs().max())
         if not (moved < float("inf")):
             return Check(name, float("inf"), float("inf"), limit, samples, "float64")
-        difference = max(difference, moved)
+        difference, largest = max(difference, moved), max(largest, size)
         relative = max(relative, moved / size if size else (0.0 if moved == 0 else float("inf")))
+    if not largest:
+        name += ": all outputs are zero, so this shows nothing"
     return Check(name, difference, relative, limit, samples, "float64")
 
 

@@ -16,6 +16,7 @@ from morph.unit_gradients import Batch, Loss, fisher_scores, taylor_scores
 from morph.unit_slices import gather_units, parameter_places, unit_sums
 
 ScoreName = Literal["l1", "l2", "bn", "taylor", "fisher", "random"]
+GRADIENT = ("taylor", "fisher")  # scores that only what evaluation runs can have
 Score = ScoreName | Callable[[nn.Module, Coupling], Tensor]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from morph.copies import Widened, Widener, check_growth
 from morph.errors import EditError, NothingToGrowError, TargetError
 from morph.plan import Check, Record
 from morph.pruning import batch_of
+from morph.selection import matches
 from morph.surgery import Result, environment
-from morph.unit_scores import Score, score_units
+from morph.unit_scores import GRADIENT, Score, score_units
 from morph.verify import require
 
 Copies = Mapping[str, Mapping[int, int]]
@@ -44,8 +44,9 @@ def widen(
 
     A copied unit produces the same values, and whoever reads it divides its weights by the number of copies. Where a
     norm runs over units (LayerNorm, GroupNorm), only whole multiples of all of them are exact: such couplings grow when
-    ``ratio`` is 2 or more, by its whole part, and are left as they are otherwise, with the reason in the record.
-    Dropout between a unit and its readers is exact in evaluation mode only.
+    ``ratio`` is 2 or more, and are left as they are otherwise, with the reason in the record. A unit is there 1, 2, 4
+    or 8 times, never 3: a third of a weight is not exact in floating point. Dropout between a unit and its readers is
+    exact in evaluation mode only.
 
     Args:
         model: Any module; not touched.
@@ -79,9 +80,10 @@ def widen(
         raise TargetError("give one of ratio, target_params and target_macs")
     analysis = analyse(model, example_inputs)
     widener = Widener(model, example_inputs, analysis, form)
-    scores = score_units(
-        model, list(analysis.couplings.values()), score, inputs=example_inputs, data=data, loss=loss, seed=seed
-    )
+    couplings = [
+        c for c in analysis.couplings.values() if not matches(c, ignore) and (score not in GRADIENT or analysis.runs(c))
+    ]
+    scores = score_units(model, couplings, score, inputs=example_inputs, data=data, loss=loss, seed=seed)
     policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
     batch = batch_of(example_inputs)
     if ratio is None:
@@ -137,8 +139,8 @@ class _Policy:
             reason = widener.obstacle(name) or (f"{norm[1:]} runs over them" if norm.startswith("!") else "")
             if coupling.blocks > 1:
                 reason = reason or "positions inside groups or heads; whole ones are copied"
-            if any(fnmatchcase(name, pattern) for pattern in ignore):
-                reason = "asked to be left"
+            if name not in scores:
+                reason = "asked to be left" if matches(coupling, ignore) else "no score: only training uses it"
             if reason:
                 self.left.append(LeftWhole(name, 0, reason))
             else:
@@ -152,15 +154,16 @@ class _Policy:
     def copies(self, ratio: float) -> dict[str, dict[int, int]]:
         """How often each copied unit is there at a ratio: the highest scores are copied first."""
         found: dict[str, dict[int, int]] = {}
+        times = 2 ** int(np.log2(ratio))  # a half and a quarter are exact in every floating-point type, a third is not
         for name in self.free:
             units = self.analysis.couplings[name].units
-            extra = round(units * (ratio - 1))
-            order = np.argsort(-self.scores[name], kind="stable")
-            counts = np.bincount(order[np.arange(extra) % units], minlength=units)
-            found[name] = {u: int(c) + 1 for u, c in enumerate(counts) if c}
-        if ratio >= 2:
+            extra = round(units * (ratio / times - 1))
+            counts = np.full(units, times)
+            counts[np.argsort(-self.scores[name], kind="stable")[:extra]] *= 2
+            found[name] = {u: int(c) for u, c in enumerate(counts) if c > 1}
+        if times > 1:
             for name in self.together:
-                found[name] = dict.fromkeys(range(self.analysis.couplings[name].units), int(ratio))
+                found[name] = dict.fromkeys(range(self.analysis.couplings[name].units), times)
         return {name: some for name, some in found.items() if some}
 
     def sizes(self, ratio: float, batch: int) -> Sizes:

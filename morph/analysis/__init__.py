@@ -14,7 +14,7 @@ from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
 from morph.analysis.recording import How, Inputs, Recording, Value
 from morph.analysis.rules import RULES
-from morph.analysis.tags import operator_name
+from morph.analysis.tags import operator_name, values_in
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
 from morph.analysis.user_rules import USER_RULES
 from morph.couplings import Choice, Coupling, Frozen, Positions
@@ -83,6 +83,15 @@ class Analysis:
     def roots(self, value: Value) -> list[Labels]:
         """The final labels of each axis of a tensor."""
         return [self.state.atoms.find(labels) for labels in self.state.tag(value).axes]
+
+    def runs(self, coupling: Coupling) -> bool:
+        """Whether evaluation uses a parameter that a coupling lies on; some are only there for training."""
+        recording = self.recording
+        calls = recording.calls[: recording.evaluated]
+        used = {v.number for call in calls for v in values_in((call.args, call.kwargs))}
+        wholes = tuple(f"{call.module}." for call in calls if isinstance(call.target, type))
+        names = [place.tensor for place in coupling.places if place.tensor in self.parameters]
+        return any(recording.sources[n].number in used or n.startswith(wholes) for n in names)
 
     def times(self, choice: Choice, factor: int = 0) -> Labels:
         """For each label how many of it there will be: ``factor`` for those of the chosen units, 1 for the rest.
