@@ -26,10 +26,10 @@ from torchvision.transforms import v2
 import morph.cifar
 import morph.data
 import morph.sources
+from morph.batches import Batches
 from morph.cli.data_arguments import add_data, data_from
 from morph.data import CIFAR10, IMAGENET, LabelledImages, choose, open_data
 from morph.errors import DataError
-from morph.expansion import Batches
 from morph.sample import cifar10
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
