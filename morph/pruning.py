@@ -110,7 +110,7 @@ def prune(
         if verify and not _on_meta(now):
             try:
                 check = check_cut(done, now, example_inputs, analysis)
-            except (RuntimeError, NotImplementedError):  # code that does other things where there is no data
+            except RuntimeError:  # code that does other things where there is no data
                 analysis = analyse(now, example_inputs, with_data=True)
                 done = _step(now, example_inputs, analysis, target, data, loss, form)
                 check = check_cut(done, now, example_inputs, analysis)
