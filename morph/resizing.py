@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from morph.analysis.recording import named_tensors
+from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.plan import Resize, SetAttribute
 
@@ -30,7 +30,7 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
     """
     fresh = _new_tensors(model, edits)
     try:
-        result = copy.deepcopy(model, dict(fresh))
+        result = copy_module(model, dict(fresh))
     except Exception as error:
         raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
     new = {id(t) for t in fresh.values()}

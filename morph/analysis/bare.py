@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,63 +11,144 @@ from torch import Tensor
 
 def run_bare(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator; without data, frequent ones whose output has a known form need no kernel."""
+    known = _FORMS.get(func)
     first = args[0] if args else None
-    if not isinstance(first, Tensor) or first.device.type != "meta":
-        return func(*args, **kwargs)
-    if func in _IN_PLACE:
-        return first
-    if func in _LIKE_INPUT:
-        return torch.empty_like(first)
-    if func in _NORMS:
-        small = first.new_empty(0)
-        return torch.empty_like(first), small, small
-    if func in _BINARY and isinstance(args[1], Tensor):
-        other = args[1]
-        if first.shape == other.shape and first.dtype == other.dtype and other.device.type == "meta":
-            return torch.empty_like(first)
-    if func is _aten.addmm.default and _fit(*args[:3]):
-        return first.new_empty(args[1].shape[0], args[2].shape[1])
+    if known is not None and isinstance(first, Tensor) and first.is_meta:
+        output = known(*args, **kwargs)
+        if output is not None:
+            return output
+    elif func is _aten.cat.default and (output := _joined(*args, **kwargs)) is not None:
+        return output
     return func(*args, **kwargs)
 
 
-def _fit(bias: Tensor, x: Tensor, y: Tensor) -> bool:
-    """Whether ``bias + x @ y`` is a plain linear layer; the kernel says what is wrong with anything else."""
-    return x.shape[1:] == y.shape[:1] and bias.shape == y.shape[1:] and bias.dtype == x.dtype == y.dtype
+def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _alike(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _normed(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _empty((0,), x), _empty((0,), x)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def _paired(x: Tensor, y: Any, **_: Any) -> Tensor | None:
+    """Of the form of the one that the other is broadcast to, if there is such and the types are the same."""
+    if not isinstance(y, Tensor):
+        return torch.empty_like(x) if x.is_floating_point() and isinstance(y, int | float) else None
+    if not y.is_meta or x.dtype != y.dtype:
+        return None
+    if x.shape == y.shape or _spreads(y.shape, x.shape):
+        return torch.empty_like(x)
+    return torch.empty_like(y) if _spreads(x.shape, y.shape) else None
+
+
+def _spreads(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether one shape is broadcast to the other."""
+    start = len(large) - len(small)
+    return start >= 0 and all(n == m or n == 1 for n, m in zip(small, large[start:], strict=True))
+
+
+def _reduced(x: Tensor, axes: Sequence[int] | None = None, keep: bool = False, **named: Any) -> Tensor | None:
+    """Without some axes, or with ones in their place."""
+    if named or not axes or not x.is_floating_point():
+        return None
+    over = {a % x.dim() for a in axes}
+    shape = [1 if a in over else n for a, n in enumerate(x.shape) if keep or a not in over]
+    return _empty(shape, x)
+
+
+def _joined(xs: Sequence[Any], axis: int = 0) -> Tensor | None:
+    """Tensors of the usual layout side by side, if all fit."""
+    first = xs[0]
+    rank = first.dim()
+    at = axis % rank if rank else 0
+    rest = [n for a, n in enumerate(first.shape) if a != at]
+    for x in xs:
+        form = x.shape
+        if not (x.is_meta and len(form) == rank and x.is_contiguous() and x.dtype == first.dtype):
+            return None
+        if [n for a, n in enumerate(form) if a != at] != rest:
+            return None
+    return _empty([*first.shape[:at], sum(x.shape[at] for x in xs), *first.shape[at + 1 :]], first)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor | None:
+    """A matrix product, or one for each of a batch."""
+    fits = y.is_meta and x.dtype == y.dtype and x.shape[-1] == y.shape[-2] and x.shape[:-2] == y.shape[:-2]
+    return _empty((*x.shape[:-1], y.shape[-1]), x) if fits else None
+
+
+def _layer(bias: Tensor, x: Tensor, y: Tensor, **named: Any) -> Tensor | None:
+    """``bias + x @ y``, if it is a plain linear layer; the kernel says what is wrong with anything else."""
+    fits = x.shape[1:] == y.shape[:1] and bias.shape == y.shape[1:] and bias.dtype == x.dtype == y.dtype
+    return _empty((x.shape[0], y.shape[1]), x) if fits and not named else None
 
 
 _aten = torch.ops.aten
-_IN_PLACE = {
-    _aten.relu_.default,
-    _aten.silu_.default,
-    _aten.hardtanh_.default,
-    _aten.hardswish_.default,
-    _aten.hardsigmoid_.default,
-    _aten.sigmoid_.default,
-    _aten.leaky_relu_.default,
-    _aten.elu_.default,
+_FORMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(
+        (
+            _aten.relu_.default,
+            _aten.silu_.default,
+            _aten.hardtanh_.default,
+            _aten.hardswish_.default,
+            _aten.hardsigmoid_.default,
+            _aten.sigmoid_.default,
+            _aten.leaky_relu_.default,
+            _aten.elu_.default,
+        ),
+        _itself,
+    ),
+    **dict.fromkeys(
+        (
+            _aten.relu.default,
+            _aten.silu.default,
+            _aten.gelu.default,
+            _aten.sigmoid.default,
+            _aten.hardtanh.default,
+            _aten.hardswish.default,
+            _aten.hardsigmoid.default,
+            _aten._softmax.default,
+            _aten._safe_softmax.default,
+        ),
+        _alike,
+    ),
+    **dict.fromkeys(
+        (_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default), _normed
+    ),
+    **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar), _paired),
+    **dict.fromkeys((_aten.mean.dim, _aten.sum.dim_IntList), _reduced),
+    _aten.mm.default: _product,
+    _aten.bmm.default: _product,
+    _aten.addmm.default: _layer,
 }
-_LIKE_INPUT = {
-    _aten.relu.default,
-    _aten.silu.default,
-    _aten.gelu.default,
-    _aten.sigmoid.default,
-    _aten.hardtanh.default,
-    _aten.hardswish.default,
-    _aten.hardsigmoid.default,
-    _aten._softmax.default,
-    _aten._safe_softmax.default,
-}
-_BINARY = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor}
-_NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
 
 
 def one_device(tree: Any) -> Any:
     """Where tensors without data meet others, take the data off the others."""
-    kinds: set[bool] = set()
-    each_tensor(tree, lambda t: kinds.add(t.device.type == "meta"))
-    if len(kinds) < 2:
+    tensors: list[Tensor] = []
+    _collect(tree, tensors)
+    if not tensors:
         return tree
-    return each_tensor(tree, lambda t: t if t.device.type == "meta" or t.dim() == 0 else t.to("meta"))
+    bare = tensors[0].is_meta
+    if all(t.is_meta is bare for t in tensors):
+        return tree
+    return each_tensor(tree, lambda t: t if t.is_meta or t.dim() == 0 else t.to("meta"))
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    for item in tree.values() if type(tree) is dict else tree:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif type(item) in (tuple, list, dict):
+            _collect(item, found)
 
 
 def with_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -60,16 +60,14 @@ class Propagation:
         frozen = self.frozen_before.get((self.number, key))
         if frozen is None or len(frozen) != n:
             return labels
-        self.atoms.union(labels[frozen], 0)
+        self.atoms.union(labels[frozen], np.zeros(int(frozen.sum()), np.int64))
         return np.where(frozen, 0, labels)
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
-        roots = np.unique(self.atoms.find(labels))
-        free = roots[roots != 0]
-        if len(free):
-            self.pins.append(Pin(self.number, reason, free))
-            self.atoms.union(free, 0)
+        if labels.any():
+            self.atoms.pin(labels, len(self.pins))
+            self.pins.append(Pin(self.number, reason))
 
     def freeze_all(self, tree: Any, reason: str) -> None:
         """Pin every label of every tensor in ``tree``."""
@@ -79,7 +77,7 @@ class Propagation:
 
     def same(self, left: Labels, right: Labels) -> None:
         """Make two axes one; an axis of one position is broadcast and says nothing."""
-        if len(left) == 1 or len(right) == 1:
+        if left is right or len(left) == 1 or len(right) == 1:
             return
         if len(left) != len(right):
             raise AnalysisError(f"{self.name}: axes of {len(left)} and {len(right)} positions cannot be one")
@@ -243,12 +241,11 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
 
 
 def _pinned(state: Propagation) -> list[Pinned]:
-    """How many positions of parameters each pin has pinned, by the labels that stood for them."""
-    counts = np.zeros(state.atoms.count, np.int64)
-    for value in state.recording.sources.values():
-        for labels in state.tag(value).axes:
-            np.add.at(counts, labels[labels != 0], 1)
-    return [Pinned(pin.call, pin.reason, int(counts[pin.labels].sum())) for pin in state.pins]
+    """How many positions of parameters each pin has pinned; of several pins of a label the first counts."""
+    labels = [labels for value in state.recording.sources.values() for labels in state.tag(value).axes]
+    numbers = state.atoms.pinned_by(np.concatenate([*labels, np.zeros(0, np.int64)]))
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(state.pins)).tolist()
+    return [Pinned(pin.call, pin.reason, count) for pin, count in zip(state.pins, counts, strict=True)]
 
 
 def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple[int, Key], Labels]) -> Propagation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from morph.analysis.bare import each_tensor, one_device, run_bare, with_data
+from morph.analysis.leaves import quick_forward
 from morph.analysis.recording import (
     Call,
     How,
@@ -153,6 +155,10 @@ class _DataLostError(Exception):
 class _Recorder(TorchDispatchMode):
     """Writes down every operator; a tensor carries its value as an attribute, so that nothing is kept alive."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing to compile here, and keeping the compiler away takes longer than an operator
+
     def __init__(self, model: nn.Module, traced: How, whole: tuple[type[nn.Module], ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.whole = model, whole
@@ -191,14 +197,35 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
         """Call the model and give the values that come out."""
-        hooks = [handle for path, module in self.model.named_modules() for handle in self._follow(path, module)]
+        hooks: list[Any] = []
         try:
-            with put_back(self.model), torch.no_grad(), plain_attention(), self:
-                output = self.runner(*args, **kwargs)
+            with put_back(self.model), torch.no_grad(), plain_attention():
+                for path, module in self.model.named_modules():
+                    if not self._shorten(path, module):
+                        hooks += self._follow(path, module)
+                with self:
+                    output = self.runner(*args, **kwargs)
         finally:
             for handle in hooks:
                 handle.remove()
         return [self._value(t) for t in _outputs(output)]
+
+    def _shorten(self, path: str, module: nn.Module) -> bool:
+        """Let a layer of torch's own say what it calls without calling it; `put_back` undoes that."""
+        kind = type(module)
+        if kind in self.whole or self.recording.traced == "data":
+            return False
+        if kind is nn.Sequential:  # calls nothing itself
+            return True
+
+        def write(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self.silent:
+                self._write(target, args, kwargs, output, path)
+
+        forward = quick_forward(module, write)
+        if forward is not None:
+            vars(module)["forward"] = forward
+        return forward is not None
 
     def _name_tensors(self) -> None:
         for name, tensor in named_tensors(self.model):
@@ -209,16 +236,30 @@ class _Recorder(TorchDispatchMode):
 
     def _follow(self, path: str, module: nn.Module) -> Iterator[Any]:
         """Keep the path of the running module; take modules that have a rule of their own as one call."""
-        rule = type(module) in self.whole
+        if type(module) in self.whole:
+            yield from self._take_whole(path, module)
+            return
 
         def enter(_: nn.Module, __: Any) -> None:
             self.stack.append(path)
-            self.silent += rule
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            self.stack.pop()
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave)
+
+    def _take_whole(self, path: str, module: nn.Module) -> Iterator[Any]:
+        """Write a module down as one call, and nothing of what it calls."""
+
+        def enter(_: nn.Module, __: Any) -> None:
+            self.stack.append(path)
+            self.silent += 1
 
         def leave(_: nn.Module, args: Any, output: Any) -> None:
             self.stack.pop()
-            self.silent -= rule
-            if rule and not self.silent:
+            self.silent -= 1
+            if not self.silent:
                 self._write(type(module), (module, *args), {}, output, path)
 
         yield module.register_forward_pre_hook(enter)
@@ -230,7 +271,10 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         written = not self.silent
         before = each_tensor((args, kwargs), self._value) if written else ((), {})
-        output = run_bare(func, one_device(args), with_data(func, args, one_device(kwargs)))
+        if self.recording.traced == "shapes":
+            args, kwargs = one_device((args, kwargs))
+            kwargs = with_data(func, args, kwargs)
+        output = run_bare(func, args, kwargs)
         if written:
             self._write(func, before[0], before[1], output, self.stack[-1], ready=True)
         return output
@@ -285,7 +329,12 @@ def _frame() -> tuple[str, int, str]:
         code = frame.f_code
         if code is _Recorder._call.__code__:  # what lies above is whoever asked for the analysis
             break
-        if not code.co_filename.startswith(_LIBRARIES):
+        if not _is_library(code.co_filename):
             return code.co_filename, frame.f_lineno, code.co_name
         frame = frame.f_back  # type: ignore[assignment]
     return "", 0, ""
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES)

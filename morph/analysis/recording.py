@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from morph.copying import copy_module
 from morph.errors import TraceError
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -194,7 +194,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         else:
             memo[id(tensor)] = without_data(tensor)
     try:
-        return copy.deepcopy(model, memo).eval()
+        return copy_module(model, memo).eval()
     except Exception as error:
         raise TraceError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from morph.analysis.atoms import Labels
 from morph.analysis.recording import Value
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +66,10 @@ class Pin:
     Attributes:
         call: Number of the call, -1 for what comes from outside any call.
         reason: Why.
-        labels: Those that were free until then.
     """
 
     call: int
     reason: str
-    labels: Labels
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class Pinned:
 
 def tags_in(tree: Any) -> list[Tag]:
     """Every tag in nested lists and tuples."""
-    if isinstance(tree, Tag):
-        return [tree]
-    if isinstance(tree, list | tuple):
-        return [tag for item in tree for tag in tags_in(item)]
-    return []
+    return _collected(tree, Tag, [])
 
 
 def operator_name(target: Any) -> str:
@@ -103,10 +99,17 @@ def operator_name(target: Any) -> str:
 
 def values_in(tree: Any) -> list[Value]:
     """Every value in nested lists, tuples and dicts."""
-    if isinstance(tree, Value):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [v for item in tree for v in values_in(item)]
-    return []
+    return _collected(tree, Value, [])
+
+
+def _collected(tree: Any, kind: type[T], found: list[T]) -> list[T]:
+    """``found`` and every object of a kind in nested lists, tuples and dicts; called often, so it looks at types."""
+    if type(tree) is kind:
+        found.append(tree)
+    elif isinstance(tree, tuple | list | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            if type(item) is kind:
+                found.append(item)
+            elif isinstance(item, tuple | list | dict):
+                _collected(item, kind, found)
+    return found

@@ -1,0 +1,172 @@
+"""What torch's own layers call, written down without calling it: a run without data needs their shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_aten = torch.ops.aten
+Forward = Callable[[Tensor], Tensor]
+Write = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]  # target, arguments, named arguments, output
+
+
+def quick_forward(module: nn.Module, write: Write) -> Forward | None:
+    """A forward that gives an output without data and tells ``write`` what the layer's own forward would call.
+
+    It leaves to the layer's own forward whatever is not plain: other memory layouts, shapes that do not fit, training.
+
+    Args:
+        module: A layer without data.
+        write: Told the operator, its arguments, and the output.
+
+    Returns:
+        None if the layer is not one of torch's own, or somebody has hooked into it.
+    """
+    maker = _MAKERS.get(type(module))
+    if maker is None or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    return maker(module, module.forward, write)
+
+
+def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    with torch._C._DisableTorchDispatch():
+        return torch.empty(shape, dtype=like.dtype, device="meta")
+
+
+def _alike(x: Tensor) -> Tensor:
+    with torch._C._DisableTorchDispatch():
+        return torch.empty_like(x)
+
+
+def _plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor without data in torch's usual layout."""
+    return isinstance(x, Tensor) and x.is_meta and x.is_contiguous()
+
+
+def _convolution(module: Any, own: Forward, write: Write) -> Forward | None:
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    parameters = module._parameters
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias, groups = parameters["weight"], parameters["bias"], module.groups
+        form, kernel = x.shape, weight.shape
+        fits = _plain(x) and len(form) == len(kernel) and form[1] == kernel[1] * groups and not kernel[0] % groups
+        if not fits or not weight.is_contiguous():
+            return own(x)
+        stride, padding, dilation = list(module.stride), list(module.padding), list(module.dilation)
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(form[2:], kernel[2:], stride, padding, dilation, strict=True)
+        ]
+        if min(size) < 1:
+            return own(x)
+        output = _new((form[0], kernel[0], *size), x)
+        none = [0] * len(stride)
+        write(
+            _aten.convolution.default, (x, weight, bias, stride, padding, dilation, False, none, groups), {}, output
+        )
+        return output
+
+    return forward
+
+
+def _batch_norm(module: Any, own: Forward, write: Write) -> Forward:
+    parameters, buffers = module._parameters, module._buffers
+    rank = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(module), 3)
+
+    def forward(x: Tensor) -> Tensor:
+        mean = buffers["running_mean"]
+        if module.training or mean is None or not _plain(x) or x.dim() != rank or x.shape[1] != len(mean):
+            return own(x)
+        output, none = _alike(x), _new((0,), x)
+        weight, bias, var = parameters["weight"], parameters["bias"], buffers["running_var"]
+        write(
+            _aten.native_batch_norm.default,
+            (x, weight, bias, mean, var, False, module.momentum or 0.0, module.eps),
+            {},
+            (output, none, _new((0,), x)),
+        )
+        return output
+
+    return forward
+
+
+def _linear(module: Any, own: Forward, write: Write) -> Forward:
+    parameters = module._parameters
+
+    def forward(x: Tensor) -> Tensor:
+        weight = parameters["weight"]
+        if not _plain(x) or not x.dim() or x.shape[-1] != weight.shape[1]:
+            return own(x)
+        output = _new((*x.shape[:-1], weight.shape[0]), x)
+        write(_aten.linear.default, (x, weight, parameters["bias"]), {}, output)
+        return output
+
+    return forward
+
+
+def _layer_norm(module: Any, own: Forward, write: Write) -> Forward:
+    parameters = module._parameters
+
+    def forward(x: Tensor) -> Tensor:
+        shape = list(module.normalized_shape)
+        if not _plain(x) or list(x.shape[-len(shape) :]) != shape:
+            return own(x)
+        output = _alike(x)
+        arguments = (x, shape, parameters["weight"], parameters["bias"], module.eps)
+        write(_aten.native_layer_norm.default, arguments, {}, (output, _new((0,), x), _new((0,), x)))
+        return output
+
+    return forward
+
+
+def _pointwise(target: Any, in_place: Any = None, *rest: Any) -> Callable[[Any, Forward, Write], Forward]:
+    """A maker for layers that call one element-wise operator."""
+
+    def maker(module: Any, own: Forward, write: Write) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            if not isinstance(x, Tensor) or not x.is_meta or not x.is_floating_point():
+                return own(x)
+            inside = in_place is not None and module.inplace
+            output = x if inside else _alike(x)
+            write(in_place if inside else target, (x, *rest), {}, output)
+            return output
+
+        return forward
+
+    return maker
+
+
+def _gelu(module: Any, own: Forward, write: Write) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_meta:
+            return own(x)
+        output = _alike(x)
+        named = {} if module.approximate == "none" else {"approximate": module.approximate}
+        write(_aten.gelu.default, (x,), named, output)
+        return output
+
+    return forward
+
+
+_MAKERS: dict[type, Callable[[Any, Forward, Write], Forward | None]] = {
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Conv3d: _convolution,
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.ReLU: _pointwise(_aten.relu.default, _aten.relu_.default),
+    nn.ReLU6: _pointwise(_aten.hardtanh.default, _aten.hardtanh_.default, 0.0, 6.0),
+    nn.SiLU: _pointwise(_aten.silu.default, _aten.silu_.default),
+    nn.Hardswish: _pointwise(_aten.hardswish.default, _aten.hardswish_.default),
+    nn.Hardsigmoid: _pointwise(_aten.hardsigmoid.default, _aten.hardsigmoid_.default),
+    nn.Sigmoid: _pointwise(_aten.sigmoid.default),
+    nn.Tanh: _pointwise(_aten.tanh.default),
+    nn.GELU: _gelu,
+}

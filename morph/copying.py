@@ -1,0 +1,77 @@
+"""Copy a module, with other tensors in the place of its own where that is asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+_ATOMS = {bool, int, float, str, bytes, complex, type(None), type}
+_TENSORS = ("_parameters", "_buffers")
+
+
+def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """What ``copy.deepcopy`` gives, faster: modules that copy like every object are copied without asking them.
+
+    Args:
+        model: Not touched.
+        memo: As for ``copy.deepcopy``: by the identity of an object, what stands for it in the copy.
+
+    Raises:
+        Exception: Whatever copying one of its attributes raises.
+    """
+    memo = {} if memo is None else memo
+    known: nn.Module | None = memo.get(id(model))
+    if known is not None:
+        return known
+    if not _is_ordinary(type(model)):
+        made: nn.Module = copy.deepcopy(model, memo)
+        return made
+    kind = type(model)
+    made = kind.__new__(kind)
+    memo[id(model)] = made
+    attributes = vars(made)
+    for name, value in vars(model).items():
+        if name != "_compiled_call_impl":  # torch leaves it out as well
+            attributes[name] = _copied(name, value, memo)
+    return made
+
+
+def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is dict or kind is OrderedDict:
+        if not value:
+            return kind()
+        if name == "_modules":
+            return kind((key, None if m is None else copy_module(m, memo)) for key, m in value.items())
+        if name in _TENSORS:
+            return kind((key, _of_memo(tensor, memo)) for key, tensor in value.items())
+    elif kind is tuple and all(type(item) in _ATOMS for item in value):
+        return value
+    return copy.deepcopy(value, memo)
+
+
+def _of_memo(value: Any, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(value))
+    return copy.deepcopy(value, memo) if known is None else known
+
+
+_ORDINARY: dict[type, bool] = {}
+_SAYS_HOW = ("__deepcopy__", "__copy__", "__getstate__", "__reduce__", "__reduce_ex__", "__getnewargs__")
+
+
+def _is_ordinary(kind: type) -> bool:
+    """Whether copies of a class are made attribute by attribute: nobody but torch has said how to copy or pickle it."""
+    found = _ORDINARY.get(kind)
+    if found is None:
+        above = kind.__mro__[:-1]
+        own = any(name in vars(c) or vars(c).get("__slots__") for c in above if c is not nn.Module for name in _SAYS_HOW)
+        state = next((c for c in above if "__setstate__" in vars(c)), nn.Module)
+        found = not own and issubclass(kind, nn.Module) and state.__module__.startswith("torch.nn.modules.")
+        _ORDINARY[kind] = found
+    return found
