@@ -34,7 +34,9 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     memo[id(model)] = made
     attributes = vars(made)
     for name, value in vars(model).items():
-        if name != "_compiled_call_impl":  # torch leaves it out as well
+        if type(value) in _ATOMS:
+            attributes[name] = value
+        elif name != "_compiled_call_impl":  # torch leaves it out as well
             attributes[name] = _copied(name, value, memo)
     return made
 
@@ -42,9 +44,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute."""
     kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind is dict or kind is OrderedDict:
+    if kind is dict or kind is OrderedDict or kind is set:
         if not value:
             return kind()
         if name == "_modules":
@@ -70,7 +70,9 @@ def _is_ordinary(kind: type) -> bool:
     found = _ORDINARY.get(kind)
     if found is None:
         above = kind.__mro__[:-1]
-        own = any(name in vars(c) or vars(c).get("__slots__") for c in above if c is not nn.Module for name in _SAYS_HOW)
+        own = any(
+            name in vars(c) or vars(c).get("__slots__") for c in above if c is not nn.Module for name in _SAYS_HOW
+        )
         state = next((c for c in above if "__setstate__" in vars(c)), nn.Module)
         found = not own and issubclass(kind, nn.Module) and state.__module__.startswith("torch.nn.modules.")
         _ORDINARY[kind] = found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from morph.analysis.atoms import Labels
 from morph.analysis.recording import named_tensors
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
@@ -55,14 +57,15 @@ def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
 def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]:
     """The resized tensor for each tensor, by the identity of the old one."""
     tensors = dict(named_tensors(model))
-    _check_fit(tensors, edits)
+    indices = {id(edit.index): np.array(edit.index, np.int64) for edit in edits}
+    _check_fit(tensors, edits, indices)
     by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
     for edit in edits:
         by_tensor[edit.tensor].append(edit)
     fresh: dict[int, Tensor] = {}
     for name, some in by_tensor.items():
         old = tensors[name]
-        new = resize(old.detach(), some)
+        new = resize(old.detach(), some, indices)
         if isinstance(old, nn.Parameter):
             if type(old) is not nn.Parameter:
                 raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
@@ -71,12 +74,23 @@ def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]
     return fresh
 
 
-def resize(tensor: Tensor, edits: Sequence[Resize]) -> Tensor:
-    """Apply the edits of one tensor, axis by axis; the memory layout stays."""
+def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Labels] | None = None) -> Tensor:
+    """Apply the edits of one tensor, axis by axis; the memory layout stays.
+
+    Args:
+        tensor: Not touched.
+        edits: Not two of one axis.
+        indices: The index of each edit as an array, by its identity, if they are at hand.
+    """
+    if tensor.is_meta:
+        shape = list(tensor.shape)
+        for edit in edits:
+            shape[edit.axis] = len(edit.index)
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
     result = tensor
     for edit in edits:
-        index = torch.tensor(edit.index, dtype=torch.long, device=tensor.device)
-        result = result.index_select(edit.axis, index)
+        known = indices[id(edit.index)] if indices is not None else np.array(edit.index, np.int64)
+        result = result.index_select(edit.axis, torch.from_numpy(known).to(tensor.device))
         if edit.scale:
             scale = torch.tensor(edit.scale, dtype=torch.float64, device=tensor.device)
             shaped = scale.reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
@@ -105,14 +119,15 @@ def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
         _tell(module)
 
 
-def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize]) -> None:
+def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Mapping[int, Labels]) -> None:
     """Compare what the edits expect with what the model has."""
     wrong = []
     done = 0
+    highest = {key: int(index.max(initial=-1)) for key, index in indices.items()}
     for edit in edits:
         tensor = tensors.get(edit.tensor)
         size = tensor.shape[edit.axis] if tensor is not None and edit.axis < tensor.dim() else None
-        if size != edit.size or (size is not None and edit.index and max(edit.index) >= size):
+        if size != edit.size or (size is not None and highest[id(edit.index)] >= size):
             wrong.append(f"{edit.tensor}[{edit.axis}]: plan has {edit.size}, model has {size or 'no such axis'}")
             done += size == len(edit.index)
     if wrong:

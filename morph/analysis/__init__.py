@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ class Analysis:
 
     def roots(self, value: Value) -> list[Labels]:
         """The final labels of each axis of a tensor."""
-        return [self.state.atoms.find(labels) for labels in self.state.tag(value).axes]
+        return [self.state.final[labels] for labels in self.state.tag(value).axes]
 
     def runs(self, coupling: Coupling) -> bool:
         """Whether evaluation uses a parameter that a coupling lies on; some are only there for training."""
@@ -110,7 +111,7 @@ class Analysis:
             chosen[self.numbers[name][units]] = True
         times = np.ones(self.state.atoms.count, np.int64)
         times[self.units.atom[chosen[self.units.unit]]] = factor
-        return times[self.state.atoms.roots()]
+        return times[self.state.final]
 
     def emptied(self, choice: Choice) -> list[Axis]:
         """Axes of tensors that would lose their last position."""
@@ -133,11 +134,15 @@ class Analysis:
             )
         times = self.times(choice)
         edits = []
+        known: dict[bytes, tuple[int, ...]] = {}  # axes that lose the same share their index
         for name, value in self.recording.sources.items():
             for axis, labels in enumerate(self.state.tag(value).axes):
-                kept = np.flatnonzero(times[labels])
-                if len(kept) < len(labels):
-                    edits.append(Resize(name, axis, len(labels), tuple(kept.tolist())))
+                stays = times[labels] != 0
+                if len(labels) > 1 and not stays.all():
+                    key = stays.tobytes()
+                    if key not in known:
+                        known[key] = tuple(np.flatnonzero(stays).tolist())
+                    edits.append(Resize(name, axis, len(labels), known[key]))
         return Plan(tuple(edits))
 
 
@@ -161,7 +166,7 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
     state = propagate(recording, {**RULES, **USER_RULES})
     parameters = frozenset(name for name, _ in model.named_parameters())
     axes = [
-        Axis(value, a, state.atoms.find(labels))
+        Axis(value, a, state.final[labels])
         for value in recording.sources.values()
         for a, labels in enumerate(state.tag(value).axes)
         if len(labels) > 1
@@ -186,26 +191,32 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
 def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
     """Parameters and multiply-adds when each label is there ``times`` times."""
     state = analysis.state
+    lengths: dict[int, int] = {}
 
     def new(value: Value) -> list[int]:
-        return [int(times[labels].sum()) if len(labels) > 1 else len(labels) for labels in state.tag(value).axes]
+        return [_length(labels, times, lengths) for labels in state.tag(value).axes]
 
     params = sum(
-        int(np.prod(new(value), dtype=np.int64))
-        for name, value in analysis.recording.sources.items()
-        if name in analysis.parameters
+        math.prod(new(value)) for name, value in analysis.recording.sources.items() if name in analysis.parameters
     )
     macs = 0
     for entry in state.sums:
         call = analysis.recording.calls[entry.call]
-        name = operator_name(call.target)
         if len(entry.operands) < 2 or entry.call >= analysis.recording.evaluated or not isinstance(call.output, Value):
             continue
         weight, axis = entry.operands[1]
-        if "convolution" in name:
+        if "convolution" in operator_name(call.target):
             transposed = bool(call.args[6])
             base = new(entry.operands[0][0] if transposed else call.output)
-            macs += int(np.prod(base, dtype=np.int64)) * int(np.prod(new(weight)[1:], dtype=np.int64))
+            macs += math.prod(base) * math.prod(new(weight)[1:])
         else:
-            macs += int(np.prod(new(call.output), dtype=np.int64)) * new(weight)[axis]
+            macs += math.prod(new(call.output)) * new(weight)[axis]
     return Sizes(params, macs)
+
+
+def _length(labels: Labels, times: Labels, known: dict[int, int]) -> int:
+    """How many positions an axis will have; tensors share their labels, so that most are known."""
+    found = known.get(id(labels))
+    if found is None:
+        found = known[id(labels)] = int(times[labels].sum()) if len(labels) > 1 else len(labels)
+    return found

@@ -27,11 +27,11 @@ def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _alike(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x)
+    return _empty(x.shape, x) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _normed(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _empty((0,), x), _empty((0,), x)
+    return _alike(x), _empty((0,), x), _empty((0,), x)
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -41,12 +41,12 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
 def _paired(x: Tensor, y: Any, **_: Any) -> Tensor | None:
     """Of the form of the one that the other is broadcast to, if there is such and the types are the same."""
     if not isinstance(y, Tensor):
-        return torch.empty_like(x) if x.is_floating_point() and isinstance(y, int | float) else None
+        return _alike(x) if x.is_floating_point() and isinstance(y, int | float) else None
     if not y.is_meta or x.dtype != y.dtype:
         return None
     if x.shape == y.shape or _spreads(y.shape, x.shape):
-        return torch.empty_like(x)
-    return torch.empty_like(y) if _spreads(x.shape, y.shape) else None
+        return _alike(x)
+    return _alike(y) if _spreads(x.shape, y.shape) else None
 
 
 def _spreads(small: Sequence[int], large: Sequence[int]) -> bool:

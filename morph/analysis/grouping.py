@@ -21,31 +21,32 @@ def group_units(
     state: Propagation, units: Units, axes: list[Axis], parameters: frozenset[str]
 ) -> tuple[dict[str, Coupling], dict[str, Positions]]:
     """Group units that take the same number of positions on the same axes of the same tensors."""
-    held = [units.on(axis.roots) for axis in axes]
+    forms: dict[bytes, int] = {}  # axes with the same labels are one form
+    of_axis = [forms.setdefault(axis.roots.tobytes(), len(forms)) for axis in axes]
+    held = {form: units.on(axis.roots) for axis, form in reversed(list(zip(axes, of_axis, strict=True)))}
     marks = np.zeros(units.count, np.int64)
     random = np.random.default_rng(0).integers(1, 2**62, len(axes))
+    total = np.zeros(len(forms), np.int64)
     with np.errstate(over="ignore"):
-        for (unit, _), mark in zip(held, random, strict=True):
-            np.add.at(marks, unit, mark)
+        np.add.at(total, of_axis, random)
+        for form, (unit, _) in held.items():
+            np.add.at(marks, unit, total[form])
     _, first, kind = np.unique(marks, return_index=True, return_inverse=True)
     order = np.argsort(first)
     couplings: dict[str, Coupling] = {}
     numbers: dict[str, Positions] = {}
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
+    kind = rank[kind]
+    by_kind = np.argsort(kind, kind="stable")
+    own = np.split(by_kind, np.searchsorted(kind[by_kind], np.arange(1, len(order))))
+    tables = {form: _tables(*pairs, kind, own) for form, pairs in held.items()}
     members: list[list[Place]] = [[] for _ in order]
-    own = [np.zeros(0, np.int64)] * len(order)
-    for k in range(len(order)):
-        own[k] = np.flatnonzero(rank[kind] == k)
-    for axis, (unit, position) in zip(axes, held, strict=True):
-        if not len(unit):
-            continue
-        for k in np.unique(rank[kind[unit]]).tolist():
-            here = rank[kind[unit]] == k
-            table = _table(unit[here], position[here], len(own[k]))
+    for axis, form in zip(axes, of_axis, strict=True):
+        for k, table in tables[form]:
             members[k].append(Place(axis.value.source, axis.axis, table))
-    readers = _readers(state, units, rank[kind], own)
-    statistics = _statistics(state, units, rank[kind])
+    readers = _readers(state, units, kind, own)
+    statistics = _statistics(state, units, kind)
     for k in range(len(order)):
         places = sorted(members[k], key=lambda p: (p.axis != 0, p.tensor not in parameters))
         if not places:
@@ -65,8 +66,24 @@ def group_units(
     return _with_overlaps(couplings, numbers, units), numbers
 
 
+def _tables(unit: Labels, position: Labels, kind: Labels, own: list[Positions]) -> list[tuple[int, Positions]]:
+    """For each kind of units on an axis, the positions of each unit, a row for each, in the order of their numbers."""
+    if not len(unit):
+        return []
+    kinds = kind[unit]
+    if (kinds == kinds[0]).all():
+        return [(int(kinds[0]), _table(unit, position, len(own[kinds[0]])))]
+    found = []
+    for k in np.unique(kinds).tolist():
+        here = kinds == k
+        if here.sum() % len(own[k]) == 0:
+            found.append((k, _table(unit[here], position[here], len(own[k]))))
+    return found
+
+
 def _table(unit: Labels, position: Labels, count: int) -> Positions:
-    """Positions of each unit, a row for each, in the order of the units' numbers."""
+    if len(unit) == count and (np.diff(unit) > 0).all():
+        return position.reshape(count, 1)
     order = np.lexsort((position, unit))
     return position[order].reshape(count, -1)
 
@@ -75,20 +92,21 @@ def _readers(state: Propagation, units: Units, kind: Labels, own: list[Positions
     """The modules that sum over the units of each coupling, from the sums whose second operand is a parameter."""
     found: dict[int, list[Reader]] = collections.defaultdict(list)
     seen: set[tuple[int, str, int]] = set()
+    known: dict[bytes, list[tuple[int, Positions]]] = {}
     for entry in state.sums:
-        call = state.recording.calls[entry.call]
         if len(entry.operands) < 2:
             continue
+        call = state.recording.calls[entry.call]
         value, axis = entry.operands[0]
-        labels = state.tag(value).axes[axis]
-        unit, position = units.on(state.atoms.find(labels))
-        for k in np.unique(kind[unit]).tolist():
-            here = kind[unit] == k
-            if (k, call.module, axis) in seen or here.sum() % len(own[k]):
-                continue
-            seen.add((k, call.module, axis))
-            axis_here = axis if "convolution" in operator_name(call.target) else -1
-            found[k].append(Reader(call.module, axis_here, _table(unit[here], position[here], len(own[k]))))
+        roots = state.final[state.tag(value).axes[axis]]
+        key = roots.tobytes()
+        if key not in known:
+            known[key] = _tables(*units.on(roots), kind, own)
+        axis_here = axis if "convolution" in operator_name(call.target) else -1
+        for k, table in known[key]:
+            if (k, call.module, axis) not in seen:
+                seen.add((k, call.module, axis))
+                found[k].append(Reader(call.module, axis_here, table))
     return found
 
 
@@ -99,7 +117,7 @@ def _statistics(state: Propagation, units: Units, kind: Labels) -> dict[int, lis
         call = state.recording.calls[entry.call]
         text = f"{entry.kind} at {call.where}" if call.where else entry.kind
         for labels in entry.labels:
-            unit, _ = units.on(state.atoms.find(labels))
+            unit, _ = units.on(state.final[labels])
             for k in np.unique(kind[unit]).tolist():
                 found[k][text] = None
     return {k: list(texts) for k, texts in found.items()}

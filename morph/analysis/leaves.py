@@ -38,7 +38,7 @@ def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _alike(x: Tensor) -> Tensor:
     with torch._C._DisableTorchDispatch():
-        return torch.empty_like(x)
+        return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
 
 
 def _plain(x: Any) -> bool:
@@ -66,9 +66,7 @@ def _convolution(module: Any, own: Forward, write: Write) -> Forward | None:
             return own(x)
         output = _new((form[0], kernel[0], *size), x)
         none = [0] * len(stride)
-        write(
-            _aten.convolution.default, (x, weight, bias, stride, padding, dilation, False, none, groups), {}, output
-        )
+        write(_aten.convolution.default, (x, weight, bias, stride, padding, dilation, False, none, groups), {}, output)
         return output
 
     return forward

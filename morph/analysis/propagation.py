@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,11 @@ class Propagation:
     def relations(self) -> list[Relation]:
         """What reshapes said."""
         return self.reshaper.relations
+
+    @functools.cached_property
+    def final(self) -> Labels:
+        """The representative of every label, by its number, once everything is propagated."""
+        return self.atoms.roots()
 
     @property
     def call(self) -> Call:

@@ -129,10 +129,13 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter and buffer once, by its first name."""
     seen: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
+    modules = list(model.named_modules())
+    for held in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in vars(module)[held].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}" if path else name, tensor
 
 
 def sharing(model: nn.Module) -> tuple[str, ...]:
@@ -166,17 +169,20 @@ def without_data(tensor: Tensor) -> Tensor:
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes, parameters and buffers back afterwards: some keep what a run has computed."""
-    saved = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    saved = []
+    for module in model.modules():
+        attributes = vars(module)
+        saved.append((attributes, dict(attributes)))
+        for held in (attributes["_parameters"], attributes["_buffers"]):
+            if held:
+                saved.append((held, dict(held)))
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for now, before in saved:
+            if list(now) != list(before) or any(now[name] is not value for name, value in before.items()):
+                now.clear()
+                now.update(before)
 
 
 def skeleton(model: nn.Module) -> nn.Module:

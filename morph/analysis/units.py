@@ -201,7 +201,6 @@ def _without_emptying(groups: list[frozenset[int]], axes: Sequence[Axis]) -> lis
 
 def distinct_axes(state: Propagation) -> Iterator[Axis]:
     """One of each different axis of all tensors, with its final labels."""
-    final = state.atoms.roots()
     seen: set[tuple[int, bytes]] = set()
     quick: set[int] = set()
     for number, tag in state.tags.items():
@@ -210,7 +209,7 @@ def distinct_axes(state: Propagation) -> Iterator[Axis]:
             if len(labels) < 2 or id(labels) in quick:
                 continue
             quick.add(id(labels))
-            roots = final[labels]
+            roots = state.final[labels]
             if not roots.any():
                 continue
             key = (len(roots), roots.tobytes())
