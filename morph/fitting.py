@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from morph.analysis import Analysis
+from morph.analysis import Analysis, length_of
 from morph.analysis.atoms import Labels
 from morph.analysis.recorder import rerun
 from morph.analysis.recording import Call, Inputs, Value, put_back
@@ -80,6 +80,7 @@ class Fitter:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
         self.base = analysis.recording.skeleton or copy.deepcopy(model).eval()
+        self.lengths: tuple[Labels, dict[int, int]] | None = None
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
@@ -176,18 +177,20 @@ class Fitter:
             wanted = self.shape(before, times)
             if after.shape != wanted:
                 return f"{operator_name(new.target)} gives shape {after.shape}, expected {wanted}"
-        for one, other in zip(values_in(old.args), values_in(new.args), strict=False):
+        for one, other in zip(old.reads, new.reads, strict=False):
             if one.data is not None and other.data is not None and not _same_data(one.data, other.data):
                 return f"{operator_name(new.target)} uses the constant {other.data.tolist()}, was {one.data.tolist()}"
-        for was, now in zip(_floats(old.args), _floats(new.args), strict=False):
-            if was != now:
-                return f"{operator_name(new.target)} uses the constant {now}, was {was}"
+        was, now = _floats(old.args), _floats(new.args)
+        if was != now:
+            return f"{operator_name(new.target)} uses the constants {now}, were {was}"
         return ""
 
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""
-        axes = self.analysis.state.tag(value).axes
-        return tuple(int(times[a].sum()) if len(a) > 1 else len(a) for a in axes)
+        if self.lengths is None or self.lengths[0] is not times:
+            self.lengths = (times, {})
+        known = self.lengths[1]
+        return tuple([length_of(labels, times, known) for labels in self.analysis.state.tag(value).axes])
 
     def _candidates(
         self, misfit: Misfit, chosen: Sequence[SetAttribute], times: Labels
@@ -220,7 +223,7 @@ class Fitter:
             lambda: collections.defaultdict(collections.Counter)
         )
         for call in self.analysis.recording.calls:
-            for value in values_in((call.args, call.kwargs, call.output)):
+            for value in [*call.reads, *values_in(call.output)]:
                 pairs = [(a, b) for a, b in zip(value.shape, self.shape(value, times), strict=True) if a != b]
                 path = call.module
                 while pairs:
@@ -266,11 +269,13 @@ def _same_data(one: Tensor, other: Tensor) -> bool:
 
 def _floats(tree: Any) -> list[float]:
     """Every floating-point constant among arguments."""
-    if isinstance(tree, float):
-        return [tree]
-    if isinstance(tree, list | tuple):
-        return [x for item in tree for x in _floats(item)]
-    return []
+    found: list[float] = []
+    for item in tree:
+        if type(item) is float:
+            found.append(item)
+        elif type(item) in (list, tuple):
+            found += _floats(item)
+    return found
 
 
 def _whole_attributes(module: nn.Module) -> list[str]:

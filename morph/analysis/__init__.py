@@ -22,7 +22,7 @@ from morph.couplings import Choice, Coupling, Frozen, Positions
 from morph.errors import AnalysisError
 from morph.plan import Plan, Resize
 
-__all__ = ["Analysis", "Sizes", "analyse"]
+__all__ = ["Analysis", "Sizes", "analyse", "length_of"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Analysis:
         """Whether evaluation uses a parameter that a coupling lies on; some are only there for training."""
         recording = self.recording
         calls = recording.calls[: recording.evaluated]
-        used = {v.number for call in calls for v in values_in((call.args, call.kwargs))}
+        used = {v.number for call in calls for v in call.reads}
         wholes = tuple(f"{call.module}." for call in calls if isinstance(call.target, type))
         names = [place.tensor for place in coupling.places if place.tensor in self.parameters]
         return any(recording.sources[n].number in used or n.startswith(wholes) for n in names)
@@ -194,7 +194,7 @@ def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
     lengths: dict[int, int] = {}
 
     def new(value: Value) -> list[int]:
-        return [_length(labels, times, lengths) for labels in state.tag(value).axes]
+        return [length_of(labels, times, lengths) for labels in state.tag(value).axes]
 
     params = sum(
         math.prod(new(value)) for name, value in analysis.recording.sources.items() if name in analysis.parameters
@@ -214,7 +214,7 @@ def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
     return Sizes(params, macs)
 
 
-def _length(labels: Labels, times: Labels, known: dict[int, int]) -> int:
+def length_of(labels: Labels, times: Labels, known: dict[int, int]) -> int:
     """How many positions an axis will have; tensors share their labels, so that most are known."""
     found = known.get(id(labels))
     if found is None:

@@ -125,7 +125,7 @@ class Growth:
         for name, axis in read:
             axes.setdefault(name, []).append(axis)
         for number, call in enumerate(self.state.recording.calls):
-            for value in values_in((call.args, call.kwargs)):
+            for value in call.reads:
                 name = derived.get(value.number, "")
                 if name not in axes or (number, value.number) in summed:
                     continue

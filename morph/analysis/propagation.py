@@ -256,7 +256,7 @@ def _pinned(state: Propagation) -> list[Pinned]:
 
 def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple[int, Key], Labels]) -> Propagation:
     state = Propagation(recording, frozen)
-    used = {v.number for call in recording.calls for v in values_in((call.args, call.kwargs))}
+    used = {v.number for call in recording.calls for v in call.reads}
     wholes = tuple(f"{call.module}." for call in recording.calls if isinstance(call.target, type))
     for name, value in recording.sources.items():
         if not value.floating:  # an index, a mask, a counter, a complex weight
@@ -281,7 +281,7 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
 
 def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
     """Give every output of ``call`` its tag."""
-    inputs = [state.tag(v) for v in values_in((call.args, tuple(call.kwargs.values())))]
+    inputs = [state.tag(v) for v in call.reads]
     rule = _rule(call.target, rules)
     outputs = values_in(call.output)
     if rule is not None:

@@ -33,7 +33,6 @@ from morph.analysis.recording import (
     tensors_of,
     without_data,
 )
-from morph.analysis.tags import values_in
 from morph.errors import TraceError
 from morph.tracing import place_of
 
@@ -183,7 +182,7 @@ class _Recorder(TorchDispatchMode):
     def train_too(self, inputs: Inputs) -> None:
         """Record a second run, in training mode, if evaluation leaves parameters unused (such as auxiliary heads)."""
         recording = self.recording
-        used = {id(v) for call in recording.calls for v in values_in((call.args, call.kwargs))}
+        used = {id(v) for call in recording.calls for v in call.reads}
         if all(id(v) in used or not v.floating for v in recording.sources.values()):
             return
         self.model.train()

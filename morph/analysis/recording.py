@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from morph.copying import copy_module
 from morph.errors import TraceError
 
+T = TypeVar("T")
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 How = Literal["shapes", "data"]
 
@@ -51,6 +52,7 @@ class Call:
         output: What came out: a value, a list of values, or None.
         module: Path of the module in whose forward it happened.
         frame: File, line and function of the user's code.
+        reads: Every value among the arguments, in order.
     """
 
     target: Any
@@ -59,6 +61,10 @@ class Call:
     output: Any
     module: str
     frame: tuple[str, int, str]
+    reads: list[Value] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reads = values_in((self.args, self.kwargs))
 
     @property
     def where(self) -> str:
@@ -112,6 +118,24 @@ class Recording:
         value = Value(len(self.values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
         self.values.append(value)
         return value
+
+
+def values_in(tree: Any) -> list[Value]:
+    """Every value in nested lists, tuples and dicts."""
+    return collect(tree, Value, [])
+
+
+def collect(tree: Any, kind: type[T], found: list[T]) -> list[T]:
+    """``found`` and every object of a kind in nested lists, tuples and dicts."""
+    if type(tree) is kind:
+        found.append(tree)
+    elif isinstance(tree, tuple | list | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            if type(item) is kind:
+                found.append(item)
+            elif isinstance(item, tuple | list | dict):
+                collect(item, kind, found)
+    return found
 
 
 def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from morph.analysis.atoms import Labels
-from morph.analysis.recording import Value
-
-T = TypeVar("T")
+from morph.analysis.recording import Value, collect
+from morph.analysis.recording import values_in as values_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,27 +88,9 @@ class Pinned:
 
 def tags_in(tree: Any) -> list[Tag]:
     """Every tag in nested lists and tuples."""
-    return _collected(tree, Tag, [])
+    return collect(tree, Tag, [])
 
 
 def operator_name(target: Any) -> str:
     """Name of an operator for messages: ``aten.add.Tensor`` or the name of a class."""
     return target.__name__ if isinstance(target, type) else str(target)
-
-
-def values_in(tree: Any) -> list[Value]:
-    """Every value in nested lists, tuples and dicts."""
-    return _collected(tree, Value, [])
-
-
-def _collected(tree: Any, kind: type[T], found: list[T]) -> list[T]:
-    """``found`` and every object of a kind in nested lists, tuples and dicts; called often, so it looks at types."""
-    if type(tree) is kind:
-        found.append(tree)
-    elif isinstance(tree, tuple | list | dict):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            if type(item) is kind:
-                found.append(item)
-            elif isinstance(item, tuple | list | dict):
-                _collected(item, kind, found)
-    return found
