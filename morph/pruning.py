@@ -102,7 +102,7 @@ def prune(
     edits: list[Edit] = []
     checks: list[Check] = []
     removed: list[Removed] = []
-    now, analysis = model, first
+    now, analysis, size = model, first, _per_sample(before, batch)
     verified = "not verified: switched off"
     for number, target in enumerate(_targets(asked, before, batch, steps), 1):
         analysis = analyse(now, example_inputs) if number > 1 else first
@@ -121,14 +121,14 @@ def prune(
             verified = "not verified: the model has no data (meta device)"
         edits += done.plan.edits
         removed.append(done)
-        now = done.model
-        on_step(number, _per_sample(analysis.sizes(done.choice), batch))
+        now, size = done.model, _per_sample(analysis.sizes(done.choice), batch)
+        on_step(number, size)
     record = Record(
         command="prune",
         options={**_options(asked), "steps": steps, "form": form, "verify": verify},
         plan=Plan(tuple(edits)),
         before=asdict(_per_sample(before, batch)),
-        after=asdict(_per_sample(analysis.sizes(removed[-1].choice), batch)),
+        after=asdict(size),
         checks=tuple(checks),
         details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
         environment=_environment(model, example_inputs),

@@ -129,9 +129,7 @@ def _powers(weight: Tensor, p: int) -> list[NDArray[np.float64]]:
         first.append(raised.sum(1))
         rest += raised.sum(0)
     each = rest.reshape(weight.shape[1:])
-    others = [
-        each.sum([a for a in range(each.dim()) if a != axis]) if each.dim() > 1 else each for axis in range(each.dim())
-    ]
+    others = [each.transpose(0, axis).flatten(1).sum(1) if each.dim() > 1 else each for axis in range(each.dim())]
     return [sums.double().cpu().numpy() for sums in (torch.cat(first), *others)]
 
 

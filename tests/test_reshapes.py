@@ -20,7 +20,7 @@ class Bench:
 
     def __init__(self, seed: int) -> None:
         self.atoms = Atoms()
-        self.reshaper = Reshaper(self.atoms, lambda n, _: self.fresh(n), lambda labels, _: self.atoms.union(labels, 0))
+        self.reshaper = Reshaper(self.atoms, lambda n, _: self.fresh(n), lambda labels, _: self.atoms.pin(labels, 0))
         self.generator = np.random.default_rng(seed)
 
     def fresh(self, n: int) -> Labels:

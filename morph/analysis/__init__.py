@@ -15,7 +15,7 @@ from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
 from morph.analysis.recording import How, Inputs, Recording, Value
 from morph.analysis.rules import RULES
-from morph.analysis.tags import operator_name, values_in
+from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
 from morph.analysis.user_rules import USER_RULES
 from morph.couplings import Choice, Coupling, Frozen, Positions

@@ -48,8 +48,7 @@ class Atoms:
         """The representative of each label, its own copy; 0 for what is pinned."""
         self._settle()
         roots = self._root(np.asarray(labels, np.int64))
-        roots[self._pin[roots] != _FREE] = 0
-        return roots
+        return np.where(self._pin[roots] == _FREE, roots, 0)
 
     def roots(self) -> Labels:
         """The representative of every atom, by its number."""

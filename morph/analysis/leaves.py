@@ -13,13 +13,14 @@ Forward = Callable[[Tensor], Tensor]
 Write = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]  # target, arguments, named arguments, output
 
 
-def quick_forward(module: nn.Module, write: Write) -> Forward | None:
+def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | None:
     """A forward that gives an output without data and tells ``write`` what the layer's own forward would call.
 
     It leaves to the layer's own forward whatever is not plain: other memory layouts, shapes that do not fit, training.
 
     Args:
         module: A layer without data.
+        own: Its own forward.
         write: Told the operator, its arguments, and the output.
 
     Returns:
@@ -28,7 +29,7 @@ def quick_forward(module: nn.Module, write: Write) -> Forward | None:
     maker = _MAKERS.get(type(module))
     if maker is None or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return None
-    return maker(module, module.forward, write)
+    return maker(module, own, write)
 
 
 def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:

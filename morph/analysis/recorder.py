@@ -221,7 +221,15 @@ class _Recorder(TorchDispatchMode):
             if not self.silent:
                 self._write(target, args, kwargs, output, path)
 
-        forward = quick_forward(module, write)
+        own = module.forward
+
+        def unknown(x: Tensor) -> Any:
+            self.stack.append(path)
+            output = own(x)
+            self.stack.pop()
+            return output
+
+        forward = quick_forward(module, unknown, write)
         if forward is not None:
             vars(module)["forward"] = forward
         return forward is not None

@@ -197,9 +197,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         attributes = vars(module)
         saved.append((attributes, dict(attributes)))
-        for held in (attributes["_parameters"], attributes["_buffers"]):
-            if held:
-                saved.append((held, dict(held)))
+        saved += [(held, dict(held)) for held in (attributes["_parameters"], attributes["_buffers"]) if held]
     try:
         yield
     finally:

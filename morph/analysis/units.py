@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from morph.analysis.atoms import Labels
 from morph.analysis.propagation import Propagation
@@ -44,12 +46,25 @@ class Units:
     atom: Labels
     count: int
 
+    @functools.cached_property
+    def _only(self) -> Labels | None:
+        """For each label the unit that holds it, -1 for none; None if some label is held by several."""
+        if (np.diff(self.atom) == 0).any():
+            return None
+        table = np.full(int(self.atom.max(initial=0)) + 2, -1, np.int64)
+        table[self.atom] = self.unit
+        return table
+
     def on(self, roots: Labels) -> tuple[Labels, Labels]:
         """Every pair of a unit and a position that it holds, on an axis with these final labels.
 
         Returns:
             Units and positions, ``[pairs]`` each, sorted by position.
         """
+        if self._only is not None:
+            unit = self._only[np.minimum(roots, len(self._only) - 1)]
+            positions = np.flatnonzero(unit >= 0)
+            return unit[positions], positions
         first = np.searchsorted(self.atom, roots, "left")
         last = np.searchsorted(self.atom, roots, "right")
         times = np.where(roots == 0, 0, last - first)
@@ -58,25 +73,165 @@ class Units:
         return self.unit[starts + np.arange(len(positions))], positions
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What relations say, one row for each whole and each relation of its own.
+
+    Attributes:
+        wholes: ``[rows]`` wholes, no row twice in a relation.
+        factors: Of each relation, ``[factors, rows of it]``.
+        bounds: Where the rows of each relation begin, and the end.
+    """
+
+    wholes: Labels
+    factors: tuple[Labels, ...]
+    bounds: tuple[int, ...]
+
+
+def _rows_of(state: Propagation) -> _Rows:
+    """The different rows of all relations with final labels; rows whose whole is one of its factors say nothing."""
+    wholes, parts, bounds = [np.zeros(0, np.int64)], [], [0]
+    seen = set()
+    for relation in state.relations:
+        whole = state.final[relation.whole]
+        factors = np.stack([state.final[f] for f in relation.factors])
+        keep = ~(factors == whole).any(0)
+        if not keep.any():
+            continue
+        rows = _distinct_columns(np.vstack([whole[keep], factors[:, keep]]))
+        if (key := rows.tobytes()) in seen:
+            continue
+        seen.add(key)
+        wholes.append(rows[0])
+        parts.append(rows[1:])
+        bounds.append(bounds[-1] + rows.shape[1])
+    return _Rows(np.concatenate(wholes), tuple(parts), tuple(bounds))
+
+
+def _distinct_columns(rows: Labels) -> Labels:
+    """The different columns, in the order of their first rows."""
+    order = np.lexsort(rows[::-1])
+    rows = rows[:, order]
+    new = np.ones(rows.shape[1], bool)
+    new[1:] = (np.diff(rows) != 0).any(0)
+    distinct: Labels = rows[:, new]
+    return distinct
+
+
+class _Reach:
+    """Finds what goes with each of many labels at once, as long as that leaves no choice.
+
+    Args:
+        rows: What the relations say.
+        count: How many labels there are.
+    """
+
+    def __init__(self, rows: _Rows, count: int) -> None:
+        self.count = count
+        width = max((len(f) for f in rows.factors), default=0)
+        self.factors = np.zeros((len(rows.wholes), width), np.int64)
+        for factors, start in zip(rows.factors, rows.bounds, strict=False):
+            self.factors[start : start + factors.shape[1], : len(factors)] = factors.T
+        row, column = np.nonzero(self.factors)
+        pairs = _distinct_columns(np.stack([self.factors[row, column], rows.wholes[row]]))
+        self.above = _Lists(pairs[0], pairs[1], count)
+        order = np.argsort(rows.wholes, kind="stable")
+        self.rows = _Lists(rows.wholes[order], order, count)
+
+    def of(self, seeds: Labels) -> tuple[list[Labels], Labels]:
+        """The closed set of each seed, without those in which something can never go; and the seeds with a choice."""
+        pairs = _Pairs(np.arange(len(seeds)), seeds, self.count)
+        number, atom = pairs.number, pairs.atom
+        while len(number):
+            which, whole = self.above.of(atom)
+            number, atom = pairs.add(number[which], whole)
+        which, row = self.rows.of(pairs.atom)
+        owner = pairs.number[which]
+        met = np.zeros(len(row), bool)
+        for column in self.factors[row].T:
+            met |= (column != 0) & pairs.has(owner, column)
+        choice = np.zeros(len(seeds), bool)
+        choice[owner[~met]] = True
+        frozen = np.zeros(len(seeds), bool)
+        frozen[pairs.number[pairs.atom == 0]] = True
+        sets = np.split(pairs.atom, np.searchsorted(pairs.number, np.arange(1, len(seeds))))
+        fine = np.flatnonzero(~choice & ~frozen).tolist()
+        return [sets[n] for n in fine], seeds[choice & ~frozen]
+
+
+class _Lists:
+    """Several numbers for each label.
+
+    Args:
+        key: ``[n]`` labels, ascending.
+        value: ``[n]`` what belongs to each.
+        count: How many labels there are.
+    """
+
+    def __init__(self, key: Labels, value: Labels, count: int) -> None:
+        self.value = value
+        self.start = np.searchsorted(key, np.arange(count + 1))
+
+    def of(self, labels: Labels) -> tuple[Labels, Labels]:
+        """Everything that belongs to the labels, and to which of them."""
+        start = self.start[labels]
+        times = self.start[labels + 1] - start
+        which = np.repeat(np.arange(len(labels)), times)
+        offset = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times)
+        return which, self.value[start[which] + offset]
+
+
+class _Pairs:
+    """A growing set of pairs of a number and a label, sorted.
+
+    Args:
+        number: ``[n]``.
+        atom: ``[n]`` labels.
+        count: How many labels there are.
+    """
+
+    def __init__(self, number: Labels, atom: Labels, count: int) -> None:
+        self.count = count
+        self._key = number * count + atom
+
+    @property
+    def number(self) -> Labels:
+        """The number of each pair."""
+        return self._key // self.count
+
+    @property
+    def atom(self) -> Labels:
+        """The label of each pair."""
+        return self._key % self.count
+
+    def add(self, number: Labels, atom: Labels) -> tuple[Labels, Labels]:
+        """Add pairs; give those that are new."""
+        key = np.unique(number * self.count + atom)
+        key = key[~self._holds(key)]
+        self._key = np.sort(np.concatenate([self._key, key]), kind="stable")
+        return key // self.count, key % self.count
+
+    def has(self, number: Labels, atom: Labels) -> NDArray[np.bool_]:
+        """Which pairs there are."""
+        return self._holds(number * self.count + atom)
+
+    def _holds(self, key: Labels) -> NDArray[np.bool_]:
+        if not len(self._key):
+            return np.zeros(len(key), bool)
+        place = np.minimum(np.searchsorted(self._key, key), len(self._key) - 1)
+        held: NDArray[np.bool_] = self._key[place] == key
+        return held
+
+
 class _Closure:
     """Finds what must go with a label."""
 
-    def __init__(self, state: Propagation) -> None:
+    def __init__(self, rows: _Rows) -> None:
         self.above: dict[int, set[int]] = collections.defaultdict(set)
         self.below: dict[int, list[Constraint]] = collections.defaultdict(list)
         self.of_factor: list[list[dict[int, list[int]]]] = []
-        seen = set()
-        for relation in state.relations:
-            whole = state.atoms.find(relation.whole)
-            factors = np.stack([state.atoms.find(f) for f in relation.factors])
-            keep = ~(factors == whole).any(0)
-            if not keep.any():
-                continue
-            rows = np.unique(np.vstack([whole[keep], factors[:, keep]]), axis=1)
-            if (key := rows.tobytes()) in seen:
-                continue
-            seen.add(key)
-            self._add(rows[0], rows[1:])
+        for factors, start, end in zip(rows.factors, rows.bounds, rows.bounds[1:], strict=False):
+            self._add(rows.wholes[start:end], factors)
 
     def _add(self, whole: Labels, factors: Labels) -> None:
         number = len(self.of_factor)
@@ -95,14 +250,6 @@ class _Closure:
             rows = self.below[w]
             if not any(known == row for known, _ in rows):
                 rows.append((row, number))
-
-    def touched(self) -> set[int]:
-        """Every label of a relation."""
-        return {*self.above, *self.below}
-
-    def wholes(self) -> set[int]:
-        """Labels that are wholes: they go only through their factors."""
-        return set(self.below)
 
     def of(self, seed: int) -> frozenset[int] | None:
         """The closed set of ``seed``; None if something in it can never go."""
@@ -147,55 +294,63 @@ def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Ax
         axes: The axes of parameters and buffers.
         everywhere: One of each different axis of all tensors.
     """
-    closure = _Closure(state)
-    present = _unique(a.roots for a in axes)
-    touched = np.array(sorted(closure.touched()), np.int64)
-    single = np.setdiff1d(present, touched)
-    full = _emptied_by_one(everywhere)
-    single = np.setdiff1d(single, full)
-    seeds = sorted(set(touched.tolist()) - closure.wholes() - {0})
-    on_parameters = set(present.tolist())
-    sets = dict.fromkeys(u for u in map(closure.of, seeds) if u is not None)
-    groups = [u for u in sets if not u.isdisjoint(on_parameters)]
+    rows = _rows_of(state)
+    present = np.zeros(state.atoms.count, bool)
+    for axis in axes:
+        present[axis.roots] = True
+    touched = np.zeros(state.atoms.count, bool)
+    touched[rows.wholes] = True
+    for factors in rows.factors:
+        touched[factors] = True
+    single = present & ~touched
+    single[_emptied_by_one(everywhere)] = False
+    single[0] = False
+    alone = np.flatnonzero(single)
+    touched[rows.wholes] = False  # wholes go only through their factors
+    touched[0] = False
+    groups = _groups(rows, np.flatnonzero(touched), state.atoms.count)
+    groups = [members for members in groups if present[members].any()]
     groups = _without_emptying(groups, everywhere)
-    unit = list(range(len(single)))
-    atom = single.tolist()
-    for number, members in enumerate(groups, len(single)):
-        unit += [number] * len(members)
-        atom += members
-    order = np.argsort(np.array(atom, np.int64), kind="stable")
-    return Units(np.array(unit, np.int64)[order], np.array(atom, np.int64)[order], len(single) + len(groups))
+    unit = np.repeat(np.arange(len(alone) + len(groups)), [1] * len(alone) + [len(g) for g in groups])
+    atom = np.concatenate([alone, *groups])
+    order = np.argsort(atom, kind="stable")
+    return Units(unit[order], atom[order], len(alone) + len(groups))
 
 
-def _unique(vectors: Iterable[Labels]) -> Labels:
-    """Every label that comes, without 0."""
-    found = [v for v in vectors if v.any()]
-    if not found:
-        return np.zeros(0, np.int64)
-    labels = np.unique(np.concatenate(found))
-    found_labels: Labels = labels[labels != 0]
-    return found_labels
+def _groups(rows: _Rows, seeds: Labels, count: int) -> list[Labels]:
+    """The closed set of each seed, without those in which something can never go; each set once."""
+    if not len(seeds):
+        return []
+    sets, left = _Reach(rows, count).of(seeds)
+    if len(left):
+        closure = _Closure(rows)
+        closed = [closure.of(seed) for seed in left.tolist()]
+        sets += [np.sort(np.fromiter(c, np.int64, len(c))) for c in closed if c is not None]
+    sets.sort(key=lambda members: int(members[0]))
+    return list({members.tobytes(): members for members in sets}.values())
 
 
 def _emptied_by_one(axes: Sequence[Axis]) -> Labels:
     """Labels that take a whole axis."""
-    return np.unique([a.roots[0] for a in axes if (a.roots == a.roots[0]).all()]).astype(np.int64)
+    taking = [a.roots[0] for a in axes if a.roots[0] == a.roots[-1] and (a.roots == a.roots[0]).all()]
+    return np.array(taking, np.int64)
 
 
-def _without_emptying(groups: list[frozenset[int]], axes: Sequence[Axis]) -> list[frozenset[int]]:
+def _without_emptying(groups: list[Labels], axes: Sequence[Axis]) -> list[Labels]:
     """The groups that leave something of every axis."""
-    holders: dict[int, list[int]] = collections.defaultdict(list)
-    for number, members in enumerate(groups):
-        for atom in members:
-            holders[atom].append(number)
+    if not groups:
+        return groups
+    number = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    atom = np.concatenate(groups)
+    order = np.argsort(atom, kind="stable")
+    number, atom = number[order], atom[order]
     bad: set[int] = set()
     for axis in axes:
-        if not axis.roots.all():
+        low, high = np.searchsorted(atom, axis.roots[0], "left"), np.searchsorted(atom, axis.roots[0], "right")
+        if low == high or not axis.roots.all():
             continue
-        first = int(axis.roots[0])
-        if first in holders:
-            labels = set(axis.roots.tolist())
-            bad.update(n for n in holders[first] if labels <= groups[n])
+        labels = np.unique(axis.roots)
+        bad.update(n for n in number[low:high].tolist() if np.isin(labels, groups[n]).all())
     return [g for n, g in enumerate(groups) if n not in bad]
 
 
