@@ -25,6 +25,7 @@ from morph.analysis.recording import (
     Value,
     arguments_of,
     first_line,
+    named_modules,
     named_tensors,
     plain_attention,
     put_back,
@@ -199,7 +200,7 @@ class _Recorder(TorchDispatchMode):
         hooks: list[Any] = []
         try:
             with put_back(self.model), torch.no_grad(), plain_attention():
-                for path, module in self.model.named_modules():
+                for path, module in named_modules(self.model):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
                 with self:

@@ -150,10 +150,28 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` gives, without a generator in every generator."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        children = module._modules
+        if children:
+            start = f"{path}." if path else ""
+            todo += [(start + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter and buffer once, by its first name."""
     seen: set[int] = set()
-    modules = list(model.named_modules())
+    modules = named_modules(model)
     for held in ("_parameters", "_buffers"):
         for path, module in modules:
             for name, tensor in vars(module)[held].items():
@@ -186,6 +204,8 @@ def plain_attention() -> Iterator[None]:
 def without_data(tensor: Tensor) -> Tensor:
     """A tensor of the same form without data; whole numbers keep theirs: they are small, and code may look at them."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.device.type == "meta":
+        if tensor.is_contiguous():
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return torch.empty_like(tensor, device="meta")
     return tensor.detach().cpu().clone()
 
@@ -194,7 +214,7 @@ def without_data(tensor: Tensor) -> Tensor:
 def put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes, parameters and buffers back afterwards: some keep what a run has computed."""
     saved = []
-    for module in model.modules():
+    for _, module in named_modules(model):
         attributes = vars(module)
         saved.append((attributes, dict(attributes)))
         saved += [(held, dict(held)) for held in (attributes["_parameters"], attributes["_buffers"]) if held]
@@ -202,7 +222,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for now, before in saved:
-            if list(now) != list(before) or any(now[name] is not value for name, value in before.items()):
+            if len(now) != len(before) or any(now.get(name, saved) is not value for name, value in before.items()):
                 now.clear()
                 now.update(before)
 
@@ -216,9 +236,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         TraceError: If the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for _, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(without_data(tensor), requires_grad=False)
         else:
             memo[id(tensor)] = without_data(tensor)
     try:
