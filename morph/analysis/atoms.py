@@ -22,7 +22,7 @@ class Atoms:
         self._pin: Labels = np.full(1024, _FREE, np.int64)
         self._pin[0] = _SILENT
         self._unions: list[tuple[Labels, Labels]] = []
-        self._pins: list[tuple[Labels, int]] = []
+        self._pins: list[tuple[Labels, Labels]] = []
         self.count = 1
 
     def new(self, n: int) -> Labels:
@@ -42,7 +42,7 @@ class Atoms:
 
     def pin(self, labels: Labels, number: int) -> None:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
-        self._pins.append((labels, number))
+        self._pins.append((labels, np.full(len(labels), number)))
 
     def find(self, labels: ArrayLike) -> Labels:
         """The representative of each label, its own copy; 0 for what is pinned."""
@@ -63,13 +63,10 @@ class Atoms:
     def _settle(self) -> None:
         """Do what was kept."""
         if self._unions:
-            left, right = (np.concatenate(side) for side in zip(*self._unions, strict=True))
-            self._unions.clear()
+            left, right = _joined(self._unions)
             self._unite(left, right)
         if self._pins:
-            labels = np.concatenate([labels for labels, _ in self._pins])
-            numbers = np.repeat([number for _, number in self._pins], [len(labels) for labels, _ in self._pins])
-            self._pins.clear()
+            labels, numbers = _joined(self._pins)
             np.minimum.at(self._pin, self._root(labels), numbers)
 
     def _unite(self, a: Labels, b: Labels) -> None:
@@ -96,3 +93,10 @@ class Atoms:
             roots = above
         self._parent[start] = roots
         return roots
+
+
+def _joined(pairs: list[tuple[Labels, Labels]]) -> tuple[Labels, Labels]:
+    """All first and all second vectors as one; the list is emptied."""
+    left, right = pairs[0] if len(pairs) == 1 else (np.concatenate(side) for side in zip(*pairs, strict=True))
+    pairs.clear()
+    return left, right

@@ -127,19 +127,21 @@ def _with_overlaps(
     couplings: dict[str, Coupling], numbers: Mapping[str, Positions], units: Units
 ) -> dict[str, Coupling]:
     """Fill in which couplings share labels, and in how many blocks each unit of the inner one has a position."""
-    owner: list[str] = [""] * units.count
-    for name, own in numbers.items():
-        for number in own.tolist():
-            owner[number] = name
+    names = list(couplings)
+    owner = np.full(units.count, -1, np.int64)
+    for k, name in enumerate(names):
+        owner[numbers[name]] = k
     shared: dict[str, dict[str, None]] = {name: {} for name in couplings}
     blocks = dict.fromkeys(couplings, 1)
     _, first, times = np.unique(units.atom, return_index=True, return_counts=True)
-    for start, count in zip(first[times > 1].tolist(), times[times > 1].tolist(), strict=True):
-        names = sorted({owner[u] for u in units.unit[start : start + count].tolist()} - {""})
-        for one, other in itertools.combinations(names, 2):
-            if other not in shared[one]:
-                shared[one][other] = shared[other][one] = None
-                _note_blocks(couplings[one], couplings[other], blocks)
+    first, times = first[times > 1], times[times > 1]
+    for count in np.unique(times).tolist():  # labels that as many units hold, a row of owners for each
+        rows = owner[units.unit[first[times == count][:, None] + np.arange(count)]]
+        for row in np.unique(np.sort(rows, axis=1), axis=0).tolist():
+            for one, other in itertools.combinations(sorted({names[k] for k in row if k >= 0}), 2):
+                if other not in shared[one]:
+                    shared[one][other] = shared[other][one] = None
+                    _note_blocks(couplings[one], couplings[other], blocks)
     return {
         name: dataclasses.replace(c, overlaps=tuple(shared[name]), blocks=blocks[name]) for name, c in couplings.items()
     }
