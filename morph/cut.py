@@ -44,7 +44,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
     grown = model
     for edits in _batches(plan.edits):
-        kind = type(edits[0])
+        kind = _kind(edits[0])
         if kind is Resize:
             grown = resized(grown, edits)
         elif kind is UseGraph:
@@ -61,7 +61,7 @@ def _batches(edits: tuple[Edit, ...]) -> Iterator[list[Any]]:
     axes: set[tuple[str, int]] = set()
     for edit in edits:
         axis = (edit.tensor, edit.axis) if isinstance(edit, Resize) else ("", len(axes))
-        if batch and (type(edit) is not type(batch[0]) or axis in axes):
+        if batch and (_kind(edit) is not _kind(batch[0]) or axis in axes):
             yield batch
             batch, axes = [], set()
         batch.append(edit)
@@ -70,11 +70,16 @@ def _batches(edits: tuple[Edit, ...]) -> Iterator[list[Any]]:
         yield batch
 
 
+def _kind(edit: Edit) -> type:
+    """What edits are carried out together: constants of a graph of whatever kind, since it is compiled afterwards."""
+    return SetConstant if isinstance(edit, SplitAt) else type(edit)
+
+
 def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
     """Apply edits of one kind, in place."""
     if kind is SetAttribute:
         set_attributes(grown, edits)
-    elif kind in (SetConstant, SplitAt):
+    elif kind is SetConstant:
         set_constants(grown, edits)
     for edit in edits:
         if isinstance(edit, Regroup):
