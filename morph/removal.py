@@ -18,6 +18,7 @@ from morph.carriers import Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
 from morph.errors import EditError
 from morph.fitting import Misfit
+from morph.garbage import uncollected
 from morph.plan import Check, Plan, Resize
 from morph.zeroing import run_doubled, run_zeroed
 
@@ -61,6 +62,7 @@ class Remover:
         self.model, self.analysis = model, analysis
         self.carrier = Carrier(model, inputs, analysis, form)
 
+    @uncollected()
     def remove(self, choice: Choice) -> Removed:
         """Cut ``choice`` as far as it can be carried; what cannot is left whole and said so.
 

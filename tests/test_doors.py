@@ -27,6 +27,8 @@ ORDER = [
     "blocks",
     "passes",
     "couplings",
+    "copying",
+    "garbage",
     "plan",
     "scores",
     "twins",

@@ -20,6 +20,7 @@ from morph.analysis.units import Axis, Units, distinct_axes, find_units
 from morph.analysis.user_rules import USER_RULES
 from morph.couplings import Choice, Coupling, Frozen, Positions
 from morph.errors import AnalysisError
+from morph.garbage import uncollected
 from morph.plan import Plan, Resize
 
 __all__ = ["Analysis", "Sizes", "analyse", "length_of"]
@@ -146,6 +147,7 @@ class Analysis:
         return Plan(tuple(edits))
 
 
+@uncollected()
 def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Analysis:
     """Find what hangs together in ``model``.
 

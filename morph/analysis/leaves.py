@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | No
     return maker(module, own, write)
 
 
-def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _new(shape: Sequence[int], like: Tensor) -> Tensor:
     with torch._C._DisableTorchDispatch():
         return torch.empty(shape, dtype=like.dtype, device="meta")
 
@@ -42,9 +42,14 @@ def _alike(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
 
 
+def _bare(x: Any) -> bool:
+    """Whether ``x`` is a tensor without data."""
+    return isinstance(x, Tensor) and x.is_meta
+
+
 def _plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor without data in torch's usual layout."""
-    return isinstance(x, Tensor) and x.is_meta and x.is_contiguous()
+    """Whether it is one in torch's usual layout."""
+    return _bare(x) and x.is_contiguous()
 
 
 def _convolution(module: Any, own: Forward, write: Write) -> Forward | None:
@@ -99,7 +104,7 @@ def _linear(module: Any, own: Forward, write: Write) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         weight = parameters["weight"]
-        if not _plain(x) or not x.dim() or x.shape[-1] != weight.shape[1]:
+        if not _bare(x) or not x.dim() or x.shape[-1] != weight.shape[1]:
             return own(x)
         output = _new((*x.shape[:-1], weight.shape[0]), x)
         write(_aten.linear.default, (x, weight, parameters["bias"]), {}, output)
@@ -113,9 +118,9 @@ def _layer_norm(module: Any, own: Forward, write: Write) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         shape = list(module.normalized_shape)
-        if not _plain(x) or list(x.shape[-len(shape) :]) != shape:
+        if not _bare(x) or list(x.shape[-len(shape) :]) != shape:
             return own(x)
-        output = _alike(x)
+        output = _new(x.shape, x)
         arguments = (x, shape, parameters["weight"], parameters["bias"], module.eps)
         write(_aten.native_layer_norm.default, arguments, {}, (output, _new((0,), x), _new((0,), x)))
         return output
@@ -128,7 +133,7 @@ def _pointwise(target: Any, in_place: Any = None, *rest: Any) -> Callable[[Any, 
 
     def maker(module: Any, own: Forward, write: Write) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            if not isinstance(x, Tensor) or not x.is_meta or not x.is_floating_point():
+            if not _bare(x) or not x.is_floating_point():
                 return own(x)
             inside = in_place is not None and module.inplace
             output = x if inside else _alike(x)
@@ -142,7 +147,7 @@ def _pointwise(target: Any, in_place: Any = None, *rest: Any) -> Callable[[Any, 
 
 def _gelu(module: Any, own: Forward, write: Write) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_meta:
+        if not _bare(x):
             return own(x)
         output = _alike(x)
         named = {} if module.approximate == "none" else {"approximate": module.approximate}

@@ -235,7 +235,7 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
     """
     first = state = _once(recording, rules, {})
     for _ in range(passes - 1):
-        if not state.relations:
+        if not _freezes_wholes(state):
             break
         frozen = {key: state.atoms.find(labels) == 0 for key, labels in state.fresh_labels.items()}
         done = state.frozen_before
@@ -244,6 +244,12 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
         state = _once(recording, rules, frozen)
     state.pinned, state.unknown = _pinned(first), first.unknown
     return state
+
+
+def _freezes_wholes(state: Propagation) -> bool:
+    """Whether a reshape was described by a relation although some of its positions turned out to be frozen."""
+    found = (labels for r in state.relations for labels in (r.whole, *r.factors))
+    return any((state.atoms.find(labels) == 0).any() for labels in found)
 
 
 def _pinned(state: Propagation) -> list[Pinned]:

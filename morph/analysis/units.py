@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from morph.analysis.atoms import Labels
+from morph.analysis.closures import closed_sets, rows_of
 from morph.analysis.propagation import Propagation
 from morph.analysis.recording import Value
-
-Constraint = tuple[tuple[int, ...], int]  # the factors of one position, and the relation
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,219 +70,6 @@ class Units:
         return self.unit[starts + np.arange(len(positions))], positions
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """What relations say, one row for each whole and each relation of its own.
-
-    Attributes:
-        wholes: ``[rows]`` wholes, no row twice in a relation.
-        factors: Of each relation, ``[factors, rows of it]``.
-        bounds: Where the rows of each relation begin, and the end.
-    """
-
-    wholes: Labels
-    factors: tuple[Labels, ...]
-    bounds: tuple[int, ...]
-
-
-def _rows_of(state: Propagation) -> _Rows:
-    """The different rows of all relations with final labels; rows whose whole is one of its factors say nothing."""
-    wholes, parts, bounds = [np.zeros(0, np.int64)], [], [0]
-    seen = set()
-    for relation in state.relations:
-        whole = state.final[relation.whole]
-        factors = np.stack([state.final[f] for f in relation.factors])
-        keep = ~(factors == whole).any(0)
-        if not keep.any():
-            continue
-        rows = _distinct_columns(np.vstack([whole[keep], factors[:, keep]]))
-        if (key := rows.tobytes()) in seen:
-            continue
-        seen.add(key)
-        wholes.append(rows[0])
-        parts.append(rows[1:])
-        bounds.append(bounds[-1] + rows.shape[1])
-    return _Rows(np.concatenate(wholes), tuple(parts), tuple(bounds))
-
-
-def _distinct_columns(rows: Labels) -> Labels:
-    """The different columns, in the order of their first rows."""
-    order = np.lexsort(rows[::-1])
-    rows = rows[:, order]
-    new = np.ones(rows.shape[1], bool)
-    new[1:] = (np.diff(rows) != 0).any(0)
-    distinct: Labels = rows[:, new]
-    return distinct
-
-
-class _Reach:
-    """Finds what goes with each of many labels at once, as long as that leaves no choice.
-
-    Args:
-        rows: What the relations say.
-        count: How many labels there are.
-    """
-
-    def __init__(self, rows: _Rows, count: int) -> None:
-        self.count = count
-        width = max((len(f) for f in rows.factors), default=0)
-        self.factors = np.zeros((len(rows.wholes), width), np.int64)
-        for factors, start in zip(rows.factors, rows.bounds, strict=False):
-            self.factors[start : start + factors.shape[1], : len(factors)] = factors.T
-        row, column = np.nonzero(self.factors)
-        pairs = _distinct_columns(np.stack([self.factors[row, column], rows.wholes[row]]))
-        self.above = _Lists(pairs[0], pairs[1], count)
-        order = np.argsort(rows.wholes, kind="stable")
-        self.rows = _Lists(rows.wholes[order], order, count)
-
-    def of(self, seeds: Labels) -> tuple[list[Labels], Labels]:
-        """The closed set of each seed, without those in which something can never go; and the seeds with a choice."""
-        pairs = _Pairs(np.arange(len(seeds)), seeds, self.count)
-        number, atom = pairs.number, pairs.atom
-        while len(number):
-            which, whole = self.above.of(atom)
-            number, atom = pairs.add(number[which], whole)
-        which, row = self.rows.of(pairs.atom)
-        owner = pairs.number[which]
-        met = np.zeros(len(row), bool)
-        for column in self.factors[row].T:
-            met |= (column != 0) & pairs.has(owner, column)
-        choice = np.zeros(len(seeds), bool)
-        choice[owner[~met]] = True
-        frozen = np.zeros(len(seeds), bool)
-        frozen[pairs.number[pairs.atom == 0]] = True
-        sets = np.split(pairs.atom, np.searchsorted(pairs.number, np.arange(1, len(seeds))))
-        fine = np.flatnonzero(~choice & ~frozen).tolist()
-        return [sets[n] for n in fine], seeds[choice & ~frozen]
-
-
-class _Lists:
-    """Several numbers for each label.
-
-    Args:
-        key: ``[n]`` labels, ascending.
-        value: ``[n]`` what belongs to each.
-        count: How many labels there are.
-    """
-
-    def __init__(self, key: Labels, value: Labels, count: int) -> None:
-        self.value = value
-        self.start = np.searchsorted(key, np.arange(count + 1))
-
-    def of(self, labels: Labels) -> tuple[Labels, Labels]:
-        """Everything that belongs to the labels, and to which of them."""
-        start = self.start[labels]
-        times = self.start[labels + 1] - start
-        which = np.repeat(np.arange(len(labels)), times)
-        offset = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times)
-        return which, self.value[start[which] + offset]
-
-
-class _Pairs:
-    """A growing set of pairs of a number and a label, sorted.
-
-    Args:
-        number: ``[n]``.
-        atom: ``[n]`` labels.
-        count: How many labels there are.
-    """
-
-    def __init__(self, number: Labels, atom: Labels, count: int) -> None:
-        self.count = count
-        self._key = number * count + atom
-
-    @property
-    def number(self) -> Labels:
-        """The number of each pair."""
-        return self._key // self.count
-
-    @property
-    def atom(self) -> Labels:
-        """The label of each pair."""
-        return self._key % self.count
-
-    def add(self, number: Labels, atom: Labels) -> tuple[Labels, Labels]:
-        """Add pairs; give those that are new."""
-        key = np.unique(number * self.count + atom)
-        key = key[~self._holds(key)]
-        self._key = np.sort(np.concatenate([self._key, key]), kind="stable")
-        return key // self.count, key % self.count
-
-    def has(self, number: Labels, atom: Labels) -> NDArray[np.bool_]:
-        """Which pairs there are."""
-        return self._holds(number * self.count + atom)
-
-    def _holds(self, key: Labels) -> NDArray[np.bool_]:
-        if not len(self._key):
-            return np.zeros(len(key), bool)
-        place = np.minimum(np.searchsorted(self._key, key), len(self._key) - 1)
-        held: NDArray[np.bool_] = self._key[place] == key
-        return held
-
-
-class _Closure:
-    """Finds what must go with a label."""
-
-    def __init__(self, rows: _Rows) -> None:
-        self.above: dict[int, set[int]] = collections.defaultdict(set)
-        self.below: dict[int, list[Constraint]] = collections.defaultdict(list)
-        self.of_factor: list[list[dict[int, list[int]]]] = []
-        for factors, start, end in zip(rows.factors, rows.bounds, rows.bounds[1:], strict=False):
-            self._add(rows.wholes[start:end], factors)
-
-    def _add(self, whole: Labels, factors: Labels) -> None:
-        number = len(self.of_factor)
-        wholes: list[dict[int, list[int]]] = []
-        names = whole.tolist()
-        for factor in factors:
-            order = np.argsort(factor, kind="stable")
-            values, starts = np.unique(factor[order], return_index=True)
-            parts = np.split(whole[order], starts[1:])
-            table = {v: p.tolist() for v, p in zip(values.tolist(), parts, strict=True) if v}
-            for v, members in table.items():
-                self.above[v].update(members)
-            wholes.append(table)
-        self.of_factor.append(wholes)
-        for w, row in zip(names, map(tuple, factors.T.tolist()), strict=True):
-            rows = self.below[w]
-            if not any(known == row for known, _ in rows):
-                rows.append((row, number))
-
-    def of(self, seed: int) -> frozenset[int] | None:
-        """The closed set of ``seed``; None if something in it can never go."""
-        gone: set[int] = set()
-        unmet: collections.deque[Iterator[Constraint]] = collections.deque()
-        todo = [seed]
-        chosen = {seed}
-        while todo or unmet:
-            while todo:
-                atom = todo.pop()
-                if atom == 0:
-                    return None
-                if atom not in gone:
-                    gone.add(atom)
-                    todo.extend(self.above.get(atom, ()))
-                    rows = self.below.get(atom)
-                    if rows is not None and (len(rows) > 1 or atom in chosen):  # one row: met by how it was reached
-                        unmet.appendleft(iter(rows))
-            while unmet and not todo:
-                broken = next((c for c in unmet[-1] if gone.isdisjoint(c[0])), None)
-                if broken is None:
-                    unmet.pop()
-                else:
-                    choice = self._choose(*broken, gone)
-                    chosen.add(choice)
-                    todo.append(choice)
-        return frozenset(gone)
-
-    def _choose(self, factors: tuple[int, ...], number: int, gone: set[int]) -> int:
-        """Which factor goes when a whole had to: one all of whose wholes are gone, else the innermost that can go."""
-        for k, factor in enumerate(factors):
-            if factor and all(w in gone for w in self.of_factor[number][k][factor]):
-                return factor
-        return next((f for f in reversed(factors) if f), 0)
-
-
 def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Axis]) -> Units:
     """Every smallest closed set of labels that lies on a parameter and empties no axis.
 
@@ -294,7 +78,7 @@ def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Ax
         axes: The axes of parameters and buffers.
         everywhere: One of each different axis of all tensors.
     """
-    rows = _rows_of(state)
+    rows = rows_of(state)
     present = np.zeros(state.atoms.count, bool)
     for axis in axes:
         present[axis.roots] = True
@@ -308,26 +92,13 @@ def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Ax
     alone = np.flatnonzero(single)
     touched[rows.wholes] = False  # wholes go only through their factors
     touched[0] = False
-    groups = _groups(rows, np.flatnonzero(touched), state.atoms.count)
+    groups = closed_sets(rows, np.flatnonzero(touched), state.atoms.count)
     groups = [members for members in groups if present[members].any()]
     groups = _without_emptying(groups, everywhere)
     unit = np.repeat(np.arange(len(alone) + len(groups)), [1] * len(alone) + [len(g) for g in groups])
     atom = np.concatenate([alone, *groups])
     order = np.argsort(atom, kind="stable")
     return Units(unit[order], atom[order], len(alone) + len(groups))
-
-
-def _groups(rows: _Rows, seeds: Labels, count: int) -> list[Labels]:
-    """The closed set of each seed, without those in which something can never go; each set once."""
-    if not len(seeds):
-        return []
-    sets, left = _Reach(rows, count).of(seeds)
-    if len(left):
-        closure = _Closure(rows)
-        closed = [closure.of(seed) for seed in left.tolist()]
-        sets += [np.sort(np.fromiter(c, np.int64, len(c))) for c in closed if c is not None]
-    sets.sort(key=lambda members: int(members[0]))
-    return list({members.tobytes(): members for members in sets}.values())
 
 
 def _emptied_by_one(axes: Sequence[Axis]) -> Labels:
