@@ -79,7 +79,8 @@ def prune(
             ``inside`` or ``both``; ``seed``.
 
     Raises:
-        TargetError: Not exactly one target, or one that cannot be reached; says the nearest.
+        TargetError: Not exactly one target, one that is not below the present size, or one that cannot be reached; says
+            the present size, or the nearest.
         TraceError: The model does not accept the inputs.
         AnalysisError, EditError: A rule does not fit, or no form of the model can carry a cut.
         CheckFailedError: The result differs from the zeroing reference.
@@ -99,6 +100,7 @@ def prune(
         raise TargetError(f"steps must be at least 1, got {steps}")
     first = analyse(model, example_inputs)
     before, batch = first.sizes(), batch_of(example_inputs)
+    _check_target(asked, _per_sample(before, batch))
     edits: list[Edit] = []
     checks: list[Check] = []
     removed: list[Removed] = []
@@ -195,6 +197,16 @@ def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -
                 result[best[1]] = result[best[1]][result[best[1]] != best[2]]
                 back.add(int(analysis.numbers[best[1]][best[2]]))
     return result
+
+
+def _check_target(asked: Request, present: Sizes) -> None:
+    """Refuse a target that the model meets as it is."""
+    for metric, target in (("params", asked.target_params), ("macs", asked.target_macs)):
+        size = getattr(present, metric)
+        if target is not None and not target < size:
+            raise TargetError(
+                f"the target of {target:,.0f} {metric} is not below the present {size:,}; cutting only removes"
+            )
 
 
 def _targets(asked: Request, before: Sizes, batch: int, steps: int) -> list[Request]:
