@@ -1,4 +1,4 @@
-"""Sizes on the command line: 1.4M, 90M, 1.2G."""
+"""Numbers on the command line: sizes such as 1.4M, 90M, 1.2G, ratios of widths, and noise."""
 
 from __future__ import annotations
 
@@ -21,4 +21,34 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 1400000, 1.4M, 90M or 1.2G") from None
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return value
+
+
+def ratio(text: str) -> float:
+    """Read a number above 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width over the present one, above 1, e.g. 1.25")
+    return value
+
+
+def noise(text: str) -> float:
+    """Read a number from 0.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the size of weights, 0 or above, e.g. 0.01")
     return value

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from morph.analysis import Analysis, Sizes, analyse
@@ -133,7 +132,7 @@ def prune(
         after=asdict(_per_sample(analysis.sizes(removed[-1].choice), batch)),
         checks=tuple(checks),
         details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
-        environment=_environment(model, example_inputs),
+        environment=environment(model, example_inputs),
     )
     return Result(now, record)
 
@@ -272,8 +271,3 @@ def _row(coupling: Coupling, removed: Sequence[Removed]) -> dict[str, Any]:
         "blocks": coupling.blocks,
         "statistics": len(coupling.statistics),
     }
-
-
-def _environment(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
-    tensors = tensors_of(arguments_of(inputs))
-    return environment(model, tensors[0] if tensors else torch.zeros(1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
+from morph.analysis.edits import composed
 from morph.analysis.recording import Inputs, named_tensors
 from morph.analysis.tags import values_in
 from morph.carriers import Carried, Carrier, Form, LeftWhole
@@ -130,10 +131,26 @@ class Remover:
 
 
 def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis, limit: float = LIMIT) -> Check:
+    """Compare a cut model with the model before; see `compare_cut`."""
+    edits = [edit for edit in removed.plan.edits if isinstance(edit, Resize)]
+    return compare_cut(removed.model, edits, removed.times, model, inputs, analysis, limit)
+
+
+def compare_cut(
+    cut: nn.Module,
+    edits: Sequence[Resize],
+    times: Labels,
+    model: nn.Module,
+    inputs: Inputs,
+    analysis: Analysis,
+    limit: float = LIMIT,
+) -> Check:
     """Compare a cut model with the model before whose readers see zero, in float64 and evaluation mode.
 
     Args:
-        removed: The cut model.
+        cut: The cut model.
+        edits: How its tensors were cut.
+        times: For each label of the analysis 0 if it is gone.
         model: The model before; not touched.
         inputs: What it was analysed with.
         analysis: What hangs together in it.
@@ -141,12 +158,11 @@ def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Anal
     """
     recording = analysis.recording
     if recording.settled < recording.evaluated:
-        return compare("parameters set to zero", run_silenced(removed, model, inputs), removed.model, inputs, limit)
-    wanted = run_zeroed(analysis.state, model, inputs, removed.times)
-    return compare("zeroing reference", wanted, removed.model, inputs, limit)
+        return compare("parameters set to zero", run_silenced(edits, model, inputs), cut, inputs, limit)
+    return compare("zeroing reference", run_zeroed(analysis.state, model, inputs, times), cut, inputs, limit)
 
 
-def run_silenced(removed: Removed, model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run_silenced(edits: Sequence[Resize], model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Run the model before in float64 with every parameter zero where it was cut.
 
     For units over which no statistic runs this is the zeroing reference, whatever the code does with values.
@@ -154,16 +170,15 @@ def run_silenced(removed: Removed, model: nn.Module, inputs: Inputs) -> list[Ten
     twin = copy.deepcopy(model)
     tensors = dict(named_tensors(twin))
     with torch.no_grad():
-        for edit in removed.plan.edits:
-            if isinstance(edit, Resize):
-                gone = sorted(set(range(edit.size)) - set(edit.index))
-                fill = 1.0 if edit.tensor.endswith("running_var") else 0.0
-                where = torch.tensor(gone, device=tensors[edit.tensor].device)
-                tensors[edit.tensor].index_fill_(edit.axis, where, fill)
+        for (name, axis), index in composed(edits).items():
+            tensor = tensors[name]
+            gone = sorted(set(range(tensor.shape[axis])) - set(index.tolist()))
+            fill = 1.0 if name.endswith("running_var") else 0.0
+            tensor.index_fill_(axis, torch.tensor(gone, dtype=torch.long, device=tensor.device), fill)
     return run_doubled(twin, inputs)
 
 
-def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float) -> Check:
+def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float | None) -> Check:
     """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite."""
     samples = next((len(t) for t in wanted if t.dim()), 1)
     got = run_doubled(model, inputs)

@@ -63,8 +63,18 @@ def _writes(func: Any) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
-def _doubled(tree: Any) -> Any:
+def doubled(tree: Any) -> Any:
+    """The same with every tensor of a smaller floating-point type in float64."""
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype in _LOW else t, tree)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Let a model compute in float64 whatever its code asks for, from a fixed seed, with attention step by step."""
+    with plain_attention(), _float64(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with _Lifted():  # type: ignore[no-untyped-call]
+            yield
 
 
 @contextmanager
@@ -84,13 +94,10 @@ def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     Raises:
         Exception: Whatever the model raises.
     """
-    args, kwargs = _doubled(arguments_of(inputs))
+    args, kwargs = doubled(arguments_of(inputs))
     twin = copy.deepcopy(model).double().eval()
-    with torch.no_grad(), plain_attention(), _float64(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with _Lifted():  # type: ignore[no-untyped-call]
-            output = twin(*args, **kwargs)
-    return outputs_of(output)
+    with torch.no_grad(), in_float64():
+        return outputs_of(twin(*args, **kwargs))
 
 
 def outputs_of(output: Any) -> list[Tensor]:
@@ -139,7 +146,7 @@ class _Run:
             env[value.number] = tensors[name].detach()
             self.device = tensors[name].device
         for value, tensor in zip(recording.inputs, tensors_of(arguments_of(inputs)), strict=True):
-            env[value.number] = _doubled(tensor.detach())
+            env[value.number] = doubled(tensor.detach())
         last = _last_uses(recording)
         with torch.no_grad(), _float64(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -158,7 +165,7 @@ class _Run:
                 if tensor is None:
                     assert leaf.data is not None
                     tensor = env[leaf.number] = leaf.data.to(self.device)
-                return tensor if writes else _doubled(tensor)
+                return tensor if writes else doubled(tensor)
             if isinstance(leaf, torch.device):
                 return self.device
             return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
