@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -25,30 +26,27 @@ def size(text: str) -> int:
 
 
 def ratio(text: str) -> float:
-    """Read a number above 1.
+    """Read a number above 1; errors as for `size`."""
+    return _number(text, lambda value: 1 < value < float("inf"), "a width over the present one, above 1, e.g. 1.25")
 
-    Raises:
-        argparse.ArgumentTypeError: If it is not.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a width over the present one, above 1, e.g. 1.25")
-    return value
+
+def share(text: str) -> float:
+    """Read a share from 0 to below 1; errors as for `size`."""
+    return _number(text, lambda value: 0 <= value < 1, "a share of the units from 0 to below 1, e.g. 0.5")
 
 
 def noise(text: str) -> float:
-    """Read a number from 0.
+    """Read a number from 0; errors as for `size`."""
+    what = "a share of the size of weights, 0 or above, e.g. 0.01"
+    return _number(text, lambda value: 0 <= value < float("inf"), what)
 
-    Raises:
-        argparse.ArgumentTypeError: If it is not.
-    """
+
+def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
+    """Read a number that is allowed."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the size of weights, 0 or above, e.g. 0.01")
+        value = float("nan")
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value

@@ -14,7 +14,7 @@ from morph.analysis import Analysis, Sizes, analyse
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
-from morph.errors import TargetError
+from morph.errors import ProbeError, TargetError
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
@@ -108,7 +108,7 @@ def prune(
     for number, target in enumerate(_targets(asked, before, batch, steps), 1):
         analysis = analyse(now, example_inputs) if number > 1 else first
         done = _step(now, example_inputs, analysis, target, data, loss, form)
-        if verify and not _on_meta(now):
+        if verify and not on_meta(now):
             try:
                 check = check_cut(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
@@ -152,6 +152,7 @@ def _step(
         for c in choose_families(list(analysis.couplings.values()), asked.heads)
         if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
     ]
+    require_values(model, asked.score)
     scores = score_units(model, couplings, asked.score, inputs=inputs, data=data, loss=loss, seed=asked.seed)
     batch = batch_of(inputs)
     choice = choose_units(
@@ -233,8 +234,22 @@ def _per_sample(sizes: Sizes, batch: int) -> Sizes:
     return Sizes(sizes.params, sizes.macs // batch)
 
 
-def _on_meta(model: nn.Module) -> bool:
+def on_meta(model: nn.Module) -> bool:
+    """Whether a parameter has no data."""
     return any(p.device.type == "meta" for p in model.parameters())
+
+
+def require_values(model: nn.Module, score: Score) -> None:
+    """Refuse scores that look at weights where there are none.
+
+    Raises:
+        ProbeError: If the model is on the meta device and the score is neither random nor the user's own.
+    """
+    if on_meta(model) and score != "random" and not callable(score):
+        raise ProbeError(
+            f"the score {score!r} looks at weights, and the model has none (meta device); take score='random' or a "
+            f"function of your own"
+        )
 
 
 def _options(asked: Request) -> dict[str, Any]:

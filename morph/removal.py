@@ -15,36 +15,26 @@ from morph.analysis.atoms import Labels
 from morph.analysis.edits import composed
 from morph.analysis.recording import Inputs, named_tensors
 from morph.analysis.tags import values_in
-from morph.carriers import Carried, Carrier, Form, LeftWhole
+from morph.carriers import Altered, Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
-from morph.errors import EditError
+from morph.errors import CheckFailedError, EditError
 from morph.fitting import Misfit
-from morph.plan import Check, Plan, Resize
+from morph.plan import Check, Resize
 from morph.zeroing import run_doubled, run_zeroed
 
 LIMIT = 1e-9
 
 
 @dataclass(frozen=True)
-class Removed:
+class Removed(Altered):
     """A cut model.
 
     Attributes:
-        model: The new module.
-        plan: The edits.
         choice: What was dropped in the end.
-        left: What was chosen but left whole.
-        form: ``class`` if the module is of the model's own class, ``graph`` if it is its traced graph.
-        why_graph: What the code has fixed, if it is the graph.
         times: For each label of the analysis, 0 if it is gone.
     """
 
-    model: nn.Module
-    plan: Plan
     choice: Choice
-    left: tuple[LeftWhole, ...]
-    form: str
-    why_graph: str
     times: Labels
 
 
@@ -82,7 +72,7 @@ class Remover:
             found = self.carrier.carry(edits, times)
             if isinstance(found, Carried):
                 model = self.carrier.apply(found)
-                return Removed(model, found.plan, choice, tuple(left), found.form, found.why_graph, times)
+                return Removed(model, found.plan, tuple(left), found.form, found.why_graph, choice, times)
             names = self._blamed(found, choice, times)
             if not names:
                 raise EditError(
@@ -179,7 +169,16 @@ def run_silenced(edits: Sequence[Resize], model: nn.Module, inputs: Inputs) -> l
 
 
 def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float | None) -> Check:
-    """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite."""
+    """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite.
+
+    Raises:
+        CheckFailedError: If there is no output to compare.
+    """
+    if not wanted:
+        raise CheckFailedError(
+            "check failed: the model puts out no floating-point tensor, so nothing can be compared; let it put one "
+            "out, or switch verification off"
+        )
     samples = next((len(t) for t in wanted if t.dim()), 1)
     got = run_doubled(model, inputs)
     if [t.shape for t in got] != [t.shape for t in wanted]:

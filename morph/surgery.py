@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from morph.analysis.edits import drops, times_of
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
+from morph.errors import CheckFailedError
 from morph.plan import Check, Perturb, Plan, Record, Reinitialise, Resize, Substitute
 from morph.removal import compare, compare_cut
 from morph.tracing import try_inputs
@@ -117,6 +118,41 @@ def replay(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool = True)
 def sizes(counts: Counts) -> dict[str, int]:
     """What a record says of a model's size."""
     return {"params": counts.params, "macs": counts.macs}
+
+
+class Sized(Protocol):
+    """Whatever says how large a model is."""
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one sample."""
+
+
+def require_size(counts: Sized, decided: Sized) -> None:
+    """Refuse a model that, counted afresh, is not of the size that was decided.
+
+    Raises:
+        CheckFailedError: If it is not.
+    """
+    if (counts.params, counts.macs) != (decided.params, decided.macs):
+        raise CheckFailedError(
+            f"check failed: the new model has {counts.params:,} parameters and {counts.macs:,} multiply-adds, "
+            f"{decided.params:,} and {decided.macs:,} were decided; nothing is returned or written"
+        )
+
+
+def target_facts(metric: str, target: float, size: int) -> dict[str, Any]:
+    """What a record says of a target and of the size that came out."""
+    return {
+        "target": target,
+        "target_metric": metric,
+        "distance": size - target,
+        "distance_relative": (size - target) / target,
+    }
 
 
 def promise(checks: tuple[Check, ...], plan: Plan) -> str:

@@ -18,7 +18,7 @@ from morph.cut import apply_plan
 from morph.errors import EditError, NothingToGrowError, TargetError
 from morph.noise import noise_on_copies
 from morph.plan import Check, Plan, Record, Resize
-from morph.pruning import batch_of
+from morph.pruning import batch_of, on_meta, require_values
 from morph.selection import matches
 from morph.surgery import NOISE, Result, environment, moved_by_noise
 from morph.unit_scores import GRADIENT, Score, score_units
@@ -87,23 +87,30 @@ def widen(
         raise TargetError("give one of ratio, target_params and target_macs")
     if not 0 <= noise < float("inf"):
         raise TargetError(f"noise is a relative standard deviation, 0 or above, got {noise}")
-    analysis = analyse(model, example_inputs)
-    widener = Widener(model, example_inputs, analysis, form)
-    couplings = [
-        c for c in analysis.couplings.values() if not matches(c, ignore) and (score not in GRADIENT or analysis.runs(c))
-    ]
-    scores = score_units(model, couplings, score, inputs=example_inputs, data=data, loss=loss, seed=seed)
-    policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
-    batch = batch_of(example_inputs)
-    if ratio is None:
-        ratio = policy.ratio_for(target_params, target_macs, batch)
-    elif ratio <= 1:
+    if ratio is not None and ratio <= 1:
         raise TargetError(f"ratio must be above 1, got {ratio}")
-    widened, checks, left = _carried(policy, ratio, model, example_inputs, verify=verify)
+    batch = batch_of(example_inputs)
+
+    def carried(*, with_data: bool) -> tuple[_Policy, float, tuple[Widened, tuple[Check, ...], list[LeftWhole]]]:
+        analysis = analyse(model, example_inputs, with_data=with_data)
+        require_values(model, score)
+        runs = [c for c in analysis.couplings.values() if score not in GRADIENT or analysis.runs(c)]
+        wanted = [c for c in runs if not matches(c, ignore)]
+        scores = score_units(model, wanted, score, inputs=example_inputs, data=data, loss=loss, seed=seed)
+        widener = Widener(model, example_inputs, analysis, form)
+        policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
+        share = policy.ratio_for(target_params, target_macs, batch) if ratio is None else ratio
+        return policy, share, _carried(policy, share, model, example_inputs, verify=verify)
+
+    try:
+        policy, ratio, (widened, checks, left) = carried(with_data=False)
+    except RuntimeError:  # code that does other things where there is no data
+        policy, ratio, (widened, checks, left) = carried(with_data=True)
+    analysis = policy.analysis
     if noise:
         widened, checks = _noisy(widened, checks, analysis, model, example_inputs, noise, seed)
     before = analysis.sizes()
-    after = count_sizes(analysis, widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
+    after = count_sizes(analysis, policy.widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
     record = Record(
         command="widen",
         options={
@@ -121,19 +128,26 @@ def widen(
         before={"params": before.params, "macs": before.macs // batch},
         after={"params": after.params, "macs": after.macs // batch},
         checks=checks,
-        details={
-            "weight_preserving": not noise,
-            "verified": VERIFIED + (f"; then {NOISE}" if noise else "") if checks else "not verified",
-            "traced": analysis.traced,
-            "form": widened.form,
-            "why_graph": widened.why_graph,
-            "copied": {name: units.tolist() for name, units in widened.copies.items()},
-            "left": [asdict(item) for item in left],
-            "unknown_operators": dict(analysis.unknown),
-        },
+        details=_details(widened, checks, left, analysis, noise),
         environment=environment(model, example_inputs),
     )
     return Result(widened.model, record)
+
+
+def _details(
+    widened: Widened, checks: tuple[Check, ...], left: list[LeftWhole], analysis: Analysis, noise: float
+) -> dict[str, Any]:
+    """What the record says of a widening."""
+    return {
+        "weight_preserving": not noise,
+        "verified": VERIFIED + (f"; then {NOISE}" if noise else "") if checks else "not verified",
+        "traced": analysis.traced,
+        "form": widened.form,
+        "why_graph": widened.why_graph,
+        "copied": {name: units.tolist() for name, units in widened.copies.items()},
+        "left": [asdict(item) for item in left],
+        "unknown_operators": dict(analysis.unknown),
+    }
 
 
 def _noisy(
@@ -246,7 +260,7 @@ def _carried(
             LeftWhole(name, 0, f"{policy.widener.only_together(name)} runs over them: exact from a ratio of 2 on")
             for name in policy.together
         ]
-    if not verify or any(p.device.type == "meta" for p in model.parameters()):
+    if not verify or on_meta(model):
         sure = _without_reshaped(policy, wanted, left, "reshaped: copied only where the result is measured")
         widened = policy.widener.widen(sure)
         return widened, (), [*left, *widened.left]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,11 +101,16 @@ def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def outputs_of(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of an output."""
+    """Every floating-point tensor of an output; complex ones as pairs of numbers."""
     found = tensors_of(output)
     if not found and hasattr(output, "__dict__"):
         found = tensors_of(list(vars(output).values()))
-    return [t.double() for t in found if t.is_floating_point()]
+    return _real(found)
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    pairs = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    return [t.double() for t in pairs if t.is_floating_point()]
 
 
 def run_zeroed(state: Propagation, model: nn.Module, inputs: Inputs, times: Labels) -> list[Tensor]:
@@ -142,8 +147,10 @@ class _Run:
     def outputs(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
         recording = self.state.recording
         env: dict[int, Tensor] = {}
+        written = _written(recording)
         for name, value in recording.sources.items():
-            env[value.number] = tensors[name].detach()
+            tensor = tensors[name].detach()
+            env[value.number] = tensor.clone() if value.number in written else tensor
             self.device = tensors[name].device
         for value, tensor in zip(recording.inputs, tensors_of(arguments_of(inputs)), strict=True):
             env[value.number] = doubled(tensor.detach())
@@ -154,7 +161,7 @@ class _Run:
                 self._step(number, call, env)
                 for done in last[number]:
                     env.pop(done, None)
-        return [env[v.number].double() for v in recording.outputs if env[v.number].is_floating_point()]
+        return _real([env[v.number] for v in recording.outputs])
 
     def _step(self, number: int, call: Call, env: dict[int, Tensor]) -> None:
         writes = isinstance(call.target, torch._ops.OpOverload) and _writes(call.target)
@@ -258,6 +265,21 @@ def _spread(tensor: Tensor, x: Tensor, small: Tensor, kept: Mapping[int, Tensor]
         shape[axis] = x.shape[axis]
         tensor = tensor.new_zeros(shape).index_copy(axis, positions, tensor)
     return tensor
+
+
+def _written(recording: Recording) -> set[int]:
+    """The parameters and buffers into which a call writes, itself or through a view; copies must be written into."""
+    base: dict[int, int] = {value.number: value.number for value in recording.sources.values()}
+    written: set[int] = set()
+    for call in recording.calls[: recording.evaluated]:
+        if not isinstance(call.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(call.target._schema.arguments, call.args, strict=False):
+            source = base.get(value.number) if isinstance(value, Value) else None
+            if source is not None and argument.alias_info is not None:
+                written.update({source} if argument.alias_info.is_write else ())
+                base.update((out.number, source) for out in values_in(call.output))
+    return written
 
 
 def _last_uses(recording: Recording) -> dict[int, list[int]]:
