@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from morph.cli.data_arguments import add_data, add_probe_batches, data_for_scores, data_from, positive
 from morph.cli.model_arguments import add_model, expected_from, open_from, random_inputs_from
-from morph.cli.numbers import size
+from morph.cli.numbers import noise, ratio, size
 from morph.cli.output_arguments import add_output
 from morph.cli.outputs import finish, paths_from, target_facts, with_facts
 from morph.cli.teachers import draw_cells, draw_units, drawing, show_cells, show_deeper, show_grown, show_wider
@@ -25,7 +25,7 @@ examples:
   morph expand torchvision:resnext50_32x4d --fisher-per-param --target-params 40M --data images/ --dry-run --json
   morph expand torchvision:resnet18 --move deepen --target-params 15M --out deeper.pt
   morph expand zoo:wrn-16-2 --move deepen --blocks 3
-  morph expand zoo:wrn-16-2 --move widen --ratio 1.25
+  morph expand zoo:wrn-16-2 --move widen --ratio 1.25 --noise 0.01
   morph expand zoo:darts-10-trained --move auto --target-params 1M
 
 moves:
@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the model's class where its code can carry the new sizes, always, or never (default auto; "
         "widen, auto)",
     )
+    parser.add_argument(
+        "--noise",
+        type=noise,
+        metavar="SHARE",
+        help="noise on the weights that make the copies, over their size, e.g. 0.01, so that copies part in training; "
+        "how far the outputs move is measured and told (default 0; widen)",
+    )
     add_data(parser)
     add_probe_batches(parser, "widen, auto")
     parser.add_argument(
@@ -101,21 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME-teacher.pt)",
     )
     parser.add_argument("--dry-run", action="store_true", help="decide and report, write nothing")
-
-
-def ratio(text: str) -> float:
-    """Read a number above 1.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is not.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a width over the present one, above 1, e.g. 1.25")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -215,6 +207,7 @@ def _widen(args: argparse.Namespace) -> int:
         data=batches,
         ignore=args.ignore or (),
         form=args.form or "auto",
+        noise=args.noise or 0.0,
         seed=args.seed,
     )
     couplings = unit_rows(
@@ -274,6 +267,7 @@ READ_BY = {  # which moves read an option
     "score": ("widen",),
     "ignore": ("widen", "auto"),
     "form": ("widen", "auto"),
+    "noise": ("widen",),
     "probe_batches": ("widen", "auto"),
 }
 

@@ -1,8 +1,9 @@
-"""Sizes on the command line: 1.4M, 90M, 1.2G."""
+"""Numbers on the command line: sizes such as 1.4M, 90M, 1.2G, ratios of widths, and noise."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -21,4 +22,31 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 1400000, 1.4M, 90M or 1.2G") from None
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return value
+
+
+def ratio(text: str) -> float:
+    """Read a number above 1; errors as for `size`."""
+    return _number(text, lambda value: 1 < value < float("inf"), "a width over the present one, above 1, e.g. 1.25")
+
+
+def share(text: str) -> float:
+    """Read a share from 0 to below 1; errors as for `size`."""
+    return _number(text, lambda value: 0 <= value < 1, "a share of the units from 0 to below 1, e.g. 0.5")
+
+
+def noise(text: str) -> float:
+    """Read a number from 0; errors as for `size`."""
+    what = "a share of the size of weights, 0 or above, e.g. 0.01"
+    return _number(text, lambda value: 0 <= value < float("inf"), what)
+
+
+def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
+    """Read a number that is allowed."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value

@@ -52,12 +52,12 @@ def with_facts(
 
 def target_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """How far a record's sizes are from the target among its options; nothing if there was none."""
+    from morph import surgery
+
     for metric in ("params", "macs"):
         target = record["options"].get(f"target_{metric}")
         if target is not None:
-            distance = record[f"{metric}_after"] - target
-            facts = {"distance": distance, "distance_relative": distance / target}
-            return {"target": target, "target_metric": metric, **facts}
+            return surgery.target_facts(metric, target, record[f"{metric}_after"])
     return {}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from morph.cli.data_arguments import add_data, add_probe_batches, data_for_scores, positive
 from morph.cli.model_arguments import add_model, open_from, random_inputs_from
-from morph.cli.numbers import size
+from morph.cli.numbers import share, size
 from morph.cli.output_arguments import add_output
 from morph.cli.outputs import finish, paths_from, target_facts, with_facts
 from morph.cli.summaries import show_checks, show_couplings, show_form, show_left, show_sizes
@@ -111,21 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare with the zeroing reference")
     parser.add_argument("--dry-run", action="store_true", help="cut, check and report, write nothing")
-
-
-def share(text: str) -> float:
-    """Read a share from 0 to below 1.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is not.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the units from 0 to below 1, e.g. 0.5")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,8 +28,10 @@ def show_checks(record: Mapping[str, Any]) -> None:
 
     for check in record["checks"]:
         difference = f"max |difference| {check['max_abs_diff']:.2e}, relative {check['relative']:.1e}"
-        limit = f"limit {check['limit']:.0e}, {check['dtype']}, {check['samples']} samples"
-        console.line(f"check          {check['name']}: {difference} ({limit})")
+        limit = "no limit" if check["limit"] is None else f"limit {check['limit']:.0e}"
+        console.line(
+            f"check          {check['name']}: {difference} ({limit}, {check['dtype']}, {check['samples']} samples)"
+        )
 
 
 def show_couplings(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

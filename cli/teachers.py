@@ -90,10 +90,14 @@ def show_deeper(record: dict[str, Any]) -> None:
 
 def show_wider(record: dict[str, Any]) -> None:
     """Print the couplings and the sums."""
+    from morph.cli import console
+
     show_couplings("couplings", record["couplings"])
     show_sizes(record)
     show_form(record)
     show_checks(record)
+    if record["options"]["noise"]:
+        console.line("noise          on the weights that make the copies: the function is kept but for that")
     show_left(record["left"], "couplings")
 
 

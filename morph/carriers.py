@@ -51,6 +51,25 @@ class Carried:
     why_graph: str
 
 
+@dataclass(frozen=True)
+class Altered:
+    """A model whose units were cut or copied.
+
+    Attributes:
+        model: The new module.
+        plan: The edits.
+        left: What was asked for but left as it was, with the reason.
+        form: ``class`` if the module is of the model's own class, ``graph`` if it is its traced graph.
+        why_graph: What the code has fixed, if it is the graph.
+    """
+
+    model: nn.Module
+    plan: Plan
+    left: tuple[LeftWhole, ...]
+    form: str
+    why_graph: str
+
+
 class Carrier:
     """Finds what besides the tensors must change for the new sizes.
 

@@ -12,34 +12,25 @@ from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.growth import Growth, Layout, copied
 from morph.analysis.recording import Inputs
-from morph.carriers import Carried, Carrier, Form, LeftWhole
+from morph.carriers import Altered, Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
 from morph.errors import EditError
 from morph.fitting import Misfit
-from morph.plan import Check, Plan, Resize
+from morph.plan import Check, Resize
 from morph.removal import LIMIT, compare
+from morph.verify import precision
 from morph.zeroing import run_doubled
 
 
 @dataclass(frozen=True)
-class Widened:
+class Widened(Altered):
     """A wider model.
 
     Attributes:
-        model: The new module.
-        plan: The edits.
         copies: For each coupling, the units that were copied.
-        left: What was asked for but left as it was, with the reason.
-        form: ``class`` or ``graph``, as for `morph.removal.Removed`.
-        why_graph: What the code has fixed, if it is the graph.
     """
 
-    model: nn.Module
-    plan: Plan
     copies: Choice
-    left: tuple[LeftWhole, ...]
-    form: str
-    why_graph: str
 
 
 class Widener:
@@ -104,7 +95,7 @@ class Widener:
             if isinstance(found, Carried):
                 done = {n: np.array(sorted(some), np.int64) for n, some in wanted.items()}
                 model = self.carrier.apply(found)
-                return Widened(model, found.plan, done, tuple(left), found.form, found.why_graph)
+                return Widened(model, found.plan, tuple(left), found.form, found.why_graph, done)
             culprit = self._at_fault(found, wanted)
             reason = f"{found.reason} (in {found.module or 'the model'})"
             if culprit is None:
@@ -177,6 +168,7 @@ class Widener:
         return ranked[0] if ranked else None
 
 
-def check_growth(widened: Widened, model: nn.Module, inputs: Inputs, limit: float = LIMIT) -> Check:
+def check_growth(widened: Widened, model: nn.Module, inputs: Inputs) -> Check:
     """Compare a wider model with the model before, in float64 and evaluation mode."""
+    limit = max(LIMIT, precision(model))
     return compare("outputs", run_doubled(model, inputs), widened.model, inputs, limit)

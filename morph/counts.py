@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from morph.count_rules import CONTRACTIONS, RULES
 from morph.errors import CountError
-from morph.twins import Maker, clone, meta, twin, zeros
+from morph.twins import Maker, Sample, clone, meta, one_sample, twin, zeros
 
 FIRST, SECOND = "fvcore", "torch.utils.flop_counter"
 
@@ -86,7 +86,7 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Counts:
+def count(model: nn.Module, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> Counts:
     """Count parameters and multiply-adds.
 
     A copy runs, without the hooks, in evaluation mode and without gradients, so the model is left as it is. Only the
@@ -94,15 +94,16 @@ def count(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Counts:
 
     Args:
         model: The model, on any device; weights on the meta device will do.
-        inputs: Example inputs ``[N, ...]``; their values matter only to models whose path depends on them.
+        inputs: A tensor ``[N, ...]``, a tuple of arguments, or a mapping of named arguments; values matter only to
+            models whose path depends on them. fvcore takes tensors by position alone, so others are counted once.
 
     Raises:
-        CountError: If an input is not a tensor or has no sample, or the model is TorchScript, cannot be copied, or does
-            not run.
+        CountError: If there is no tensor or no sample in the inputs, or the model is TorchScript, cannot be copied, or
+            does not run.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise CountError("a TorchScript model cannot be counted; count the model that it was made from")
-    sample = _one_sample(inputs)
+    sample = one_sample(inputs)
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with _quiet(), torch.no_grad(), torch.random.fork_rng(cuda):
         run, copies = _run(model, sample)
@@ -129,20 +130,8 @@ def count(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Counts:
         second=second,
         difference=difference,
         counter=SECOND if trace.failed else FIRST,
-        input_shapes=tuple(tuple(x.shape[1:]) for x in sample),
+        input_shapes=tuple(tuple(x.shape[1:]) for x in sample.tensors),
     )
-
-
-def _one_sample(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    for x in given:
-        if not isinstance(x, Tensor):
-            raise CountError(f"counting needs a tensor or a tuple of tensors as inputs, got {type(x).__name__}")
-    if not given or given[0].dim() == 0 or given[0].shape[0] == 0:
-        got = f"shape {tuple(given[0].shape)}" if given else "nothing"
-        raise CountError(f"counting needs at least one sample, got {got}; the first axis of an input is the batch")
-    batch = given[0].shape[0]
-    return tuple(x[:1] if x.dim() and x.shape[0] == batch else x for x in given)
 
 
 @contextmanager
@@ -176,10 +165,10 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run(model: nn.Module, sample: tuple[Tensor, ...]) -> tuple[_Run, tuple[Maker, ...]]:
+def _run(model: nn.Module, sample: Sample) -> tuple[_Run, tuple[Maker, ...]]:
     """Run under `FlopCounterMode`, on the meta device if that works; also say which copies the trace may use."""
     try:
-        return _run_on(twin(model, meta), tuple(meta(x) for x in sample)), (zeros, clone)
+        return _run_on(twin(model, meta), sample.each(meta)), (zeros, clone)
     except Exception:  # whatever the meta device cannot do; the real run decides
         pass
     try:
@@ -187,20 +176,20 @@ def _run(model: nn.Module, sample: tuple[Tensor, ...]) -> tuple[_Run, tuple[Make
     except Exception as error:
         raise CountError(f"the model cannot be copied, which counting needs: {_line(error)}") from error
     try:
-        return _run_on(copied, tuple(clone(x) for x in sample)), (clone,)
+        return _run_on(copied, sample.each(clone)), (clone,)
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in sample)
+        shapes = ", ".join(str(tuple(x.shape)) for x in sample.tensors)
         raise CountError(
             f"the model does not run on an input of shape {shapes}: {_line(error)}; give the shape that it is made for"
         ) from error
 
 
-def _run_on(model: nn.Module, sample: tuple[Tensor, ...]) -> _Run:
+def _run_on(model: nn.Module, sample: Sample) -> _Run:
     called: set[nn.Module] = set()
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: called.add(module))
     with _Reads() as reads, FlopCounterMode(display=False) as mode:
-        model(*sample)
+        model(*sample.args, **sample.named)
     found = mode.get_flop_counts()
     first_path = {module: path for path, module in model.named_modules()}
     counts: ByOperator = {path: {} for path in first_path.values()}
@@ -242,12 +231,14 @@ class _Trace:
     failed: str = ""
 
 
-def _trace(model: nn.Module, sample: tuple[Tensor, ...], copies: Sequence[Maker]) -> _Trace:
+def _trace(model: nn.Module, sample: Sample, copies: Sequence[Maker]) -> _Trace:
     """Count with fvcore on the first copy that it can trace; ``failed`` says why none could be."""
+    if sample.named or not all(isinstance(x, Tensor) for x in sample.args):
+        return _Trace(failed="it takes tensors by position alone")
     failed = ""
     for make in copies:
         try:
-            return _trace_on(twin(model, make), tuple(make(x) for x in sample))
+            return _trace_on(twin(model, make), sample.each(make).args)
         except Exception as error:  # the next copy may do
             failed = _line(error)
     return _Trace(failed=failed or "it has no values")

@@ -12,12 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import EditError, PlanMismatchError
 from morph.graphs import graph_of, set_constants
+from morph.noise import add_noise
 from morph.passes.cheap_blocks import install_block
 from morph.passes.insertion import insert_copies
 from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
     Edit,
+    Perturb,
     Plan,
     Regroup,
     Reinitialise,
@@ -81,6 +83,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
         set_attributes(grown, edits)
     elif kind is SetConstant:
         set_constants(grown, edits)
+    elif kind is Perturb:
+        add_noise(grown, edits)
     for edit in edits:
         if isinstance(edit, Regroup):
             conv = grown.get_submodule(edit.module)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from morph.blocks import find_cells
 from morph.counts import Counts, count
 from morph.depth_policies import DepthMetric, DepthPolicy, DepthStep, decide_copies
-from morph.errors import CheckFailedError, DataError, NothingToGrowError, TargetError
+from morph.errors import DataError, NothingToGrowError, TargetError
 from morph.passes.regroup import Left
 from morph.plan import Deepen, Plan, Record
 from morph.policies import Fit
 from morph.renaming import renamed_modules
 from morph.residuals import CHANGES_SHAPE, Unit, find_units
 from morph.scores import Loss, cross_entropy, fisher
-from morph.surgery import Result, environment, operate, promise, sizes
+from morph.surgery import Result, environment, operate, promise, require_size, sizes, target_facts
 from morph.tracing import trace, try_inputs
 
 LEARNING = (
@@ -108,7 +108,7 @@ def deepen(
     steps = decide_copies(costs, stages, start, metric, target, fit=fit, scores=scores)
     plan = plan_of(units, steps)
     done = operate(model, plan, example_inputs, verify=verify)
-    _check_size(done.counts, steps[-1])
+    require_size(done.counts, steps[-1])
     record = Record(
         command="deepen",
         options={
@@ -192,15 +192,6 @@ def _cost(unit: Unit, counts: Counts) -> dict[DepthMetric, int]:
     return {"params": unit.params, "macs": macs, "blocks": len(unit.blocks)}
 
 
-def _check_size(after: Counts, last: DepthStep) -> None:
-    """The model that came out, counted afresh, must be of the size that was decided."""
-    if (after.params, after.macs) != (last.params, last.macs):
-        raise CheckFailedError(
-            f"check failed: the deeper model has {after.params:,} parameters and {after.macs:,} multiply-adds, "
-            f"{last.params:,} and {last.macs:,} were decided; nothing is returned or written"
-        )
-
-
 def _details(
     model: nn.Module,
     units: Sequence[Unit],
@@ -212,14 +203,10 @@ def _details(
     target: int,
 ) -> dict[str, Any]:
     """What the record says of this deepening."""
-    size = getattr(steps[-1], metric)
     copies = Counter(step.unit for step in steps)
     return {
         "weight_preserving": True,
-        "target": target,
-        "target_metric": metric,
-        "distance": size - target,
-        "distance_relative": (size - target) / target,
+        **target_facts(metric, target, getattr(steps[-1], metric)),
         "steps": [{**asdict(step), "unit": " + ".join(units[step.unit].paths())} for step in steps],
         "stages": _stages(units, copies),
         "units": [

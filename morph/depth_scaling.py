@@ -21,7 +21,7 @@ from morph.depth_policies import WORDS, DepthMetric
 from morph.errors import NothingToGrowError, TargetError
 from morph.plan import Plan, Record
 from morph.policies import Fit
-from morph.surgery import Result, environment, sizes
+from morph.surgery import Result, environment, sizes, target_facts
 
 _FAMILIES = (  # how a name is made from a depth, by how much that grows, and how many blocks that adds
     (re.compile(r"(darts-(?:v1-)?)(\d+)((?:x\d+)?)(?:-trained)?"), 1, 1),
@@ -112,10 +112,7 @@ def scale_depth(
             "student": arch,
             "seed": seed,
             "blocks_added": steps * per_step,
-            "target": target,
-            "target_metric": metric,
-            "distance": size(steps) - target,
-            "distance_relative": (size(steps) - target) / target,
+            **target_facts(metric, target, size(steps)),
             "verified": "not verified: the network has fresh weights and computes something else",
         },
         environment=environment(model, example_inputs),

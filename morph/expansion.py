@@ -12,12 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from morph.batches import Batch, Data, choose_target, describe_data, stream_batches
 from morph.blocks import Cell, find_cells
 from morph.counts import Counts, count
-from morph.errors import CheckFailedError, NothingToGrowError, TargetError
+from morph.errors import NothingToGrowError, TargetError
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
 from morph.scores import FisherProbe, Loss, cross_entropy
-from morph.surgery import Result, environment, operate, promise, sizes
+from morph.surgery import Result, environment, operate, promise, require_size, sizes, target_facts
 from morph.tracing import Trace, trace
 
 WIDEN = "widening is another move (--move widen, or morph.widen)"
@@ -95,7 +95,7 @@ def expand(
     steps = decide(ledger, policy, metric, target, fit=fit, seed=seed, probe=prober, on_step=on_step)
     plan = Plan((*ledger.edits(steps), *([Reinitialise(seed)] if reinit else [])))
     done = operate(model, plan, batch[0], verify=verify)
-    _check_size(done.counts, steps[-1])
+    require_size(done.counts, steps[-1])
     record = Record(
         command="expand",
         options={
@@ -177,15 +177,6 @@ def _check_growable(convs: Mapping[str, Sequence[Grouped]], left: Sequence[Left]
         raise NothingToGrowError(f"the model has no grouped convolution that can be merged in its cells{why}; {WIDEN}")
 
 
-def _check_size(after: Counts, last: Step) -> None:
-    """The model that came out, counted afresh, must be of the size that was decided."""
-    if (after.params, after.macs) != (last.params, last.macs):
-        raise CheckFailedError(
-            f"check failed: the grown model has {after.params:,} parameters and {after.macs:,} multiply-adds, "
-            f"{last.params:,} and {last.macs:,} were decided; nothing is returned or written"
-        )
-
-
 def _details(
     steps: Sequence[Step],
     cells: Sequence[Cell],
@@ -197,16 +188,12 @@ def _details(
 ) -> dict[str, Any]:
     """What the record says of this expansion."""
     final = {module: groups for step in steps for module, groups in step.groups.items()}
-    size = getattr(steps[-1], metric)
     return {
-        "target": target,
-        "target_metric": metric,
-        "distance": size - target,
-        "distance_relative": (size - target) / target,
+        **target_facts(metric, target, getattr(steps[-1], metric)),
         "probe_passes": prober.passes,
         "scores": _how_scored(prober),
         "steps": [asdict(step) for step in steps],
-        "cells": [_row(cell.name, convs[cell.name], final, prober.mean(cell.name)) for cell in cells],
+        "cells": [cell_row(cell.name, convs[cell.name], final, prober.mean(cell.name)) for cell in cells],
         "left": [asdict(item) for item in left],
     }
 
@@ -224,8 +211,8 @@ def _how_scored(prober: _Prober) -> str:
     return f"a new batch before each step ({prober.passes} probe passes): {invariant}; only the batch moves them"
 
 
-def _row(name: str, convs: Sequence[Grouped], final: Mapping[str, int], score: float | None) -> dict[str, Any]:
-    """One cell of the record: mixed groups are given by their largest."""
+def cell_row(name: str, convs: Sequence[Grouped], final: Mapping[str, int], score: float | None) -> dict[str, Any]:
+    """One cell of a record: mixed groups are given by their largest."""
     after = {conv.module: final.get(conv.module, conv.groups) for conv in convs}
     return {
         "name": name,

@@ -93,6 +93,7 @@ class Copier:
         loss: Loss,
     ) -> None:
         self.model, self.start, self.metric, self.share = model, start, metric, share
+        self._settings: dict[str, Any] = {"ignore": ignore, "form": form, "loss": loss, "batches": batches}
         self.inputs = batches[0][0][:2]
         self.analysis = analyse(model, self.inputs)
         self.unchanged = self.analysis.sizes()
@@ -105,6 +106,10 @@ class Copier:
         scores = score_units(model, free, "fisher", data=batches, loss=loss) if free else {}
         self.scores = {name: np.asarray(values.numpy()) for name, values in scores.items()}
         self._reset()
+
+    def on(self, model: nn.Module, start: Sizes) -> Copier:
+        """The same for another model of another size."""
+        return Copier(model, start=start, metric=self.metric, share=self.share, **self._settings)
 
     def _reset(self) -> None:
         """Take everything back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -17,12 +17,12 @@ from morph.copies import Widened
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import NothingToGrowError, ProbeError, TargetError
-from morph.expansion import find_growable
+from morph.expansion import cell_row, find_growable
 from morph.gains import Copier, GainStep, unit_rows
-from morph.plan import Edit, Plan, Record
-from morph.policies import Grouped, Ledger, Metric, Step
+from morph.plan import Plan, Record
+from morph.policies import Ledger, Metric, Step
 from morph.scores import FisherProbe, Loss, cross_entropy
-from morph.surgery import Result, environment, operate, promise, sizes
+from morph.surgery import Result, environment, operate, promise, sizes, target_facts
 from morph.tracing import trace
 
 COMPARED = 8  # samples, in float64
@@ -109,26 +109,14 @@ def grow_by_gain(
     copier = Copier(model, batches, Sizes(before.params, before.macs), metric, share, ignore, form, loss)
     _check_gains([scores[cell] for cell in convs if convs[cell]], copier)
     ledger = Ledger(convs, before.params, before.macs)
-    merges = choose_merges(ledger, scores, copier, metric, target)
-    widened: Widened | None = None
-    while getattr(ledger, metric) < target:
-        grown = apply_plan(model, Plan(ledger.edits(merges)))
-        copier = Copier(grown, batches, Sizes(ledger.params, ledger.macs), metric, share, ignore, form, loss)
-        try:
-            widened = copier.reach(target)
-            break
-        except TargetError:  # copies alone do not make up the rest
-            if not (offers := _offers(ledger, scores)):
-                raise
-            merges.append(max(offers, key=lambda step: _rate(step, ledger, metric)))
-            ledger.take(merges[-1])
-    edits: tuple[Edit, ...] = (*ledger.edits(merges), *(widened.plan.edits if widened else ()))
+    growth = _chosen(ledger, scores, copier, metric, target)
+    merges, copier, widened = growth.merges, growth.copier, growth.widened
+    plan = Plan((*ledger.edits(merges), *(widened.plan.edits if widened else ())))
     steps = [*_told(merges, before, metric), *(copier.steps if widened else ())]
     for step in steps:
         on_step(step)
-    plan = Plan(edits)
     done = operate(model, plan, inputs[:COMPARED], verify=verify)
-    size = getattr(done.counts, metric)
+    final = {module: groups for step in merges for module, groups in step.groups.items()}
     record = Record(
         command="grow",
         options={
@@ -149,23 +137,57 @@ def grow_by_gain(
         details={
             "weight_preserving": True,
             "verified": promise(done.checks, plan),
-            "target": target,
-            "target_metric": metric,
-            "distance": size - target,
-            "distance_relative": (size - target) / target,
+            **target_facts(metric, target, getattr(done.counts, metric)),
             "scores": f"{GAIN}; divided by the {metric} that a step adds",
             "steps": [asdict(step) for step in steps],
-            "cells": _cell_rows(convs, scores, merges),
-            "couplings": unit_rows(copier.analysis.couplings.values(), plan, copier.copies) if widened else [],
-            "form": widened.form if widened else "class",
-            "why_graph": widened.why_graph if widened else "",
+            "cells": [cell_row(cell, some, final, scores[cell]) for cell, some in convs.items()],
+            **_copied(growth, plan),
             "left": [{"name": item.name, "reason": item.reason} for item in left]
             + [{"name": item.coupling, "reason": item.reason} for item in copier.left],
-            "unknown_operators": dict(copier.analysis.unknown),
         },
         environment={**environment(model, inputs), "data": describe_data(data)},
     )
     return Result(done.model, record)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """What was chosen: merges, and copies on the model that they lead to."""
+
+    merges: list[Step]
+    copier: Copier
+    widened: Widened | None
+
+
+def _chosen(ledger: Ledger, scores: Mapping[str, float], copier: Copier, metric: Metric, target: int) -> _Growth:
+    """Choose merges and copies until the target is met.
+
+    Raises:
+        TargetError: If it is out of reach.
+    """
+    model = copier.model
+    merges = choose_merges(ledger, scores, copier, metric, target)
+    while getattr(ledger, metric) < target:
+        copier = copier.on(apply_plan(model, Plan(ledger.edits(merges))), Sizes(ledger.params, ledger.macs))
+        try:
+            return _Growth(merges, copier, copier.reach(target))
+        except TargetError:  # copies alone do not make up the rest
+            if not (offers := _offers(ledger, scores)):
+                raise
+            merges.append(max(offers, key=lambda step: _rate(step, ledger, metric)))
+            ledger.take(merges[-1])
+    return _Growth(merges, copier, None)
+
+
+def _copied(growth: _Growth, plan: Plan) -> dict[str, Any]:
+    """What the record says of the copies."""
+    widened, analysis = growth.widened, growth.copier.analysis
+    return {
+        "couplings": unit_rows(analysis.couplings.values(), plan, growth.copier.copies) if widened else [],
+        "form": widened.form if widened else "class",
+        "why_graph": widened.why_graph if widened else "",
+        "unknown_operators": dict(analysis.unknown),
+    }
 
 
 def choose_merges(
@@ -234,20 +256,3 @@ def _told(merges: Sequence[Step], before: Counts, metric: Metric) -> list[GainSt
         added, size = getattr(merge, metric) - size, getattr(merge, metric)
         steps.append(GainStep("regroup", merge.cell, merge.score or 0.0, added, merge.params, merge.macs))
     return steps
-
-
-def _cell_rows(
-    convs: Mapping[str, Sequence[Grouped]], scores: Mapping[str, float], merges: Sequence[Step]
-) -> list[dict[str, Any]]:
-    """One row for each cell; mixed groups are given by their largest."""
-    final = {module: groups for step in merges for module, groups in step.groups.items()}
-    return [
-        {
-            "name": cell,
-            "score": scores[cell],
-            "groups_before": max((c.groups for c in some), default=None),
-            "groups_after": max((final.get(c.module, c.groups) for c in some), default=None),
-            "params_added": sum(c.params * (c.groups // final.get(c.module, c.groups) - 1) for c in some),
-        }
-        for cell, some in convs.items()
-    ]

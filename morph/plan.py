@@ -11,6 +11,9 @@ from typing import Any
 
 from morph.atomic import write_text
 from morph.errors import PlanMismatchError
+from morph.random_edits import Perturb as Perturb
+from morph.random_edits import Reinitialise as Reinitialise
+from morph.random_edits import Substitute as Substitute
 
 SCHEMA = 1
 
@@ -30,17 +33,6 @@ class Regroup:
     groups: int
     to: int
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Reinitialise:
-    """Draw all weights afresh, as for a teacher that shall be untrained; the model's function is lost on purpose.
-
-    Attributes:
-        seed: Seed of the draw.
-    """
-
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -105,23 +97,6 @@ class Deepen:
 
 
 @dataclass(frozen=True)
-class Substitute:
-    """Put a cheap block in the place of a convolution; its weights are drawn afresh, so the function is lost.
-
-    Attributes:
-        module: Path of the convolution.
-        choice: The block; see `morph.passes.cheap_blocks`.
-        shape: Shape of the convolution's weight, by which a plan knows its model.
-        seed: Seed of the draw.
-    """
-
-    module: str
-    choice: str
-    shape: tuple[int, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
 class UseGraph:
     """Go on with the model's traced graph in place of its own class, because its code has fixed sizes in it.
 
@@ -162,7 +137,7 @@ class SplitAt:
     sizes: tuple[int, ...]
 
 
-Edit = Regroup | Reinitialise | Resize | Deepen | Substitute | SetAttribute | UseGraph | SetConstant | SplitAt
+Edit = Regroup | Reinitialise | Resize | Deepen | Substitute | SetAttribute | UseGraph | SetConstant | SplitAt | Perturb
 _KINDS: dict[str, type[Edit]] = {
     "regroup": Regroup,
     "reinitialise": Reinitialise,
@@ -173,6 +148,7 @@ _KINDS: dict[str, type[Edit]] = {
     "usegraph": UseGraph,
     "setconstant": SetConstant,
     "splitat": SplitAt,
+    "perturb": Perturb,
 }
 
 
@@ -188,7 +164,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(edit for edit in self.edits if not isinstance(edit, Reinitialise | Substitute)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | Perturb)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -229,6 +205,8 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "tensor": lambda value: isinstance(value, str),
     "axis": _whole,
     "size": _whole,
+    "positions": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "deviation": lambda value: isinstance(value, float | int) and 0 <= value < float("inf"),
     "index": lambda value: isinstance(value, list) and all(map(_whole, value)),
     "scale": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
     "attribute": lambda value: isinstance(value, str) and value.isidentifier(),
@@ -257,7 +235,7 @@ class Check:
         name: What was compared.
         max_abs_diff: Largest absolute difference.
         relative: The same over the largest absolute value before.
-        limit: What ``relative`` may not exceed.
+        limit: What ``relative`` may not exceed; None where the difference is only told, as that of noise.
         samples: How many samples were compared.
         dtype: In which precision.
     """
@@ -265,14 +243,14 @@ class Check:
     name: str
     max_abs_diff: float
     relative: float
-    limit: float
+    limit: float | None
     samples: int
     dtype: str
 
     @property
     def passed(self) -> bool:
         """Whether the limit holds; not-a-number never passes."""
-        return self.relative <= self.limit
+        return self.relative < float("inf") if self.limit is None else self.relative <= self.limit
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from morph.analysis import Analysis, Sizes, analyse
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
-from morph.errors import TargetError
+from morph.errors import ProbeError, TargetError
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
@@ -79,7 +78,8 @@ def prune(
             ``inside`` or ``both``; ``seed``.
 
     Raises:
-        TargetError: Not exactly one target, or one that cannot be reached; says the nearest.
+        TargetError: Not exactly one target, one that is not below the present size, or one that cannot be reached; says
+            the present size, or the nearest.
         TraceError: The model does not accept the inputs.
         AnalysisError, EditError: A rule does not fit, or no form of the model can carry a cut.
         CheckFailedError: The result differs from the zeroing reference.
@@ -99,6 +99,7 @@ def prune(
         raise TargetError(f"steps must be at least 1, got {steps}")
     first = analyse(model, example_inputs)
     before, batch = first.sizes(), batch_of(example_inputs)
+    _check_target(asked, _per_sample(before, batch))
     edits: list[Edit] = []
     checks: list[Check] = []
     removed: list[Removed] = []
@@ -107,7 +108,7 @@ def prune(
     for number, target in enumerate(_targets(asked, before, batch, steps), 1):
         analysis = analyse(now, example_inputs) if number > 1 else first
         done = _step(now, example_inputs, analysis, target, data, loss, form)
-        if verify and not _on_meta(now):
+        if verify and not on_meta(now):
             try:
                 check = check_cut(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
@@ -131,7 +132,7 @@ def prune(
         after=asdict(size),
         checks=tuple(checks),
         details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
-        environment=_environment(model, example_inputs),
+        environment=environment(model, example_inputs),
     )
     return Result(now, record)
 
@@ -151,6 +152,7 @@ def _step(
         for c in choose_families(list(analysis.couplings.values()), asked.heads)
         if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
     ]
+    require_values(model, asked.score)
     scores = score_units(model, couplings, asked.score, inputs=inputs, data=data, loss=loss, seed=asked.seed)
     batch = batch_of(inputs)
     choice = choose_units(
@@ -197,6 +199,16 @@ def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -
     return result
 
 
+def _check_target(asked: Request, present: Sizes) -> None:
+    """Refuse a target that the model meets as it is."""
+    for metric, target in (("params", asked.target_params), ("macs", asked.target_macs)):
+        size = getattr(present, metric)
+        if target is not None and not target < size:
+            raise TargetError(
+                f"the target of {target:,.0f} {metric} is not below the present {size:,}; cutting only removes"
+            )
+
+
 def _targets(asked: Request, before: Sizes, batch: int, steps: int) -> list[Request]:
     """What to ask for in each step: the target is approached in equal ratios."""
     if steps == 1:
@@ -222,8 +234,22 @@ def _per_sample(sizes: Sizes, batch: int) -> Sizes:
     return Sizes(sizes.params, sizes.macs // batch)
 
 
-def _on_meta(model: nn.Module) -> bool:
+def on_meta(model: nn.Module) -> bool:
+    """Whether a parameter has no data."""
     return any(p.device.type == "meta" for p in model.parameters())
+
+
+def require_values(model: nn.Module, score: Score) -> None:
+    """Refuse scores that look at weights where there are none.
+
+    Raises:
+        ProbeError: If the model is on the meta device and the score is neither random nor the user's own.
+    """
+    if on_meta(model) and score != "random" and not callable(score):
+        raise ProbeError(
+            f"the score {score!r} looks at weights, and the model has none (meta device); take score='random' or a "
+            f"function of your own"
+        )
 
 
 def _options(asked: Request) -> dict[str, Any]:
@@ -260,8 +286,3 @@ def _row(coupling: Coupling, removed: Sequence[Removed]) -> dict[str, Any]:
         "blocks": coupling.blocks,
         "statistics": len(coupling.statistics),
     }
-
-
-def _environment(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
-    tensors = tensors_of(arguments_of(inputs))
-    return environment(model, tensors[0] if tensors else torch.zeros(1))

@@ -12,39 +12,30 @@ from torch import Tensor, nn
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
+from morph.analysis.edits import composed
 from morph.analysis.recording import Inputs, named_tensors
 from morph.analysis.tags import values_in
-from morph.carriers import Carried, Carrier, Form, LeftWhole
+from morph.carriers import Altered, Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
-from morph.errors import EditError
+from morph.errors import CheckFailedError, EditError
 from morph.fitting import Misfit
 from morph.garbage import uncollected
-from morph.plan import Check, Plan, Resize
+from morph.plan import Check, Resize
 from morph.zeroing import run_doubled, run_zeroed
 
 LIMIT = 1e-9
 
 
 @dataclass(frozen=True)
-class Removed:
+class Removed(Altered):
     """A cut model.
 
     Attributes:
-        model: The new module.
-        plan: The edits.
         choice: What was dropped in the end.
-        left: What was chosen but left whole.
-        form: ``class`` if the module is of the model's own class, ``graph`` if it is its traced graph.
-        why_graph: What the code has fixed, if it is the graph.
         times: For each label of the analysis, 0 if it is gone.
     """
 
-    model: nn.Module
-    plan: Plan
     choice: Choice
-    left: tuple[LeftWhole, ...]
-    form: str
-    why_graph: str
     times: Labels
 
 
@@ -83,7 +74,7 @@ class Remover:
             found = self.carrier.carry(edits, times)
             if isinstance(found, Carried):
                 model = self.carrier.apply(found)
-                return Removed(model, found.plan, choice, tuple(left), found.form, found.why_graph, times)
+                return Removed(model, found.plan, tuple(left), found.form, found.why_graph, choice, times)
             names = self._blamed(found, choice, times)
             if not names:
                 raise EditError(
@@ -132,10 +123,26 @@ class Remover:
 
 
 def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis, limit: float = LIMIT) -> Check:
+    """Compare a cut model with the model before; see `compare_cut`."""
+    edits = [edit for edit in removed.plan.edits if isinstance(edit, Resize)]
+    return compare_cut(removed.model, edits, removed.times, model, inputs, analysis, limit)
+
+
+def compare_cut(
+    cut: nn.Module,
+    edits: Sequence[Resize],
+    times: Labels,
+    model: nn.Module,
+    inputs: Inputs,
+    analysis: Analysis,
+    limit: float = LIMIT,
+) -> Check:
     """Compare a cut model with the model before whose readers see zero, in float64 and evaluation mode.
 
     Args:
-        removed: The cut model.
+        cut: The cut model.
+        edits: How its tensors were cut.
+        times: For each label of the analysis 0 if it is gone.
         model: The model before; not touched.
         inputs: What it was analysed with.
         analysis: What hangs together in it.
@@ -143,12 +150,11 @@ def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Anal
     """
     recording = analysis.recording
     if recording.settled < recording.evaluated:
-        return compare("parameters set to zero", run_silenced(removed, model, inputs), removed.model, inputs, limit)
-    wanted = run_zeroed(analysis.state, model, inputs, removed.times)
-    return compare("zeroing reference", wanted, removed.model, inputs, limit)
+        return compare("parameters set to zero", run_silenced(edits, model, inputs), cut, inputs, limit)
+    return compare("zeroing reference", run_zeroed(analysis.state, model, inputs, times), cut, inputs, limit)
 
 
-def run_silenced(removed: Removed, model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run_silenced(edits: Sequence[Resize], model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Run the model before in float64 with every parameter zero where it was cut.
 
     For units over which no statistic runs this is the zeroing reference, whatever the code does with values.
@@ -156,17 +162,25 @@ def run_silenced(removed: Removed, model: nn.Module, inputs: Inputs) -> list[Ten
     twin = copy.deepcopy(model)
     tensors = dict(named_tensors(twin))
     with torch.no_grad():
-        for edit in removed.plan.edits:
-            if isinstance(edit, Resize):
-                gone = sorted(set(range(edit.size)) - set(edit.index))
-                fill = 1.0 if edit.tensor.endswith("running_var") else 0.0
-                where = torch.tensor(gone, device=tensors[edit.tensor].device)
-                tensors[edit.tensor].index_fill_(edit.axis, where, fill)
+        for (name, axis), index in composed(edits).items():
+            tensor = tensors[name]
+            gone = sorted(set(range(tensor.shape[axis])) - set(index.tolist()))
+            fill = 1.0 if name.endswith("running_var") else 0.0
+            tensor.index_fill_(axis, torch.tensor(gone, dtype=torch.long, device=tensor.device), fill)
     return run_doubled(twin, inputs)
 
 
-def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float) -> Check:
-    """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite."""
+def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float | None) -> Check:
+    """Compare the outputs of ``model`` in float64 with ``wanted``; another form, or a value not finite, is infinite.
+
+    Raises:
+        CheckFailedError: If there is no output to compare.
+    """
+    if not wanted:
+        raise CheckFailedError(
+            "check failed: the model puts out no floating-point tensor, so nothing can be compared; let it put one "
+            "out, or switch verification off"
+        )
     samples = next((len(t) for t in wanted if t.dim()), 1)
     got = run_doubled(model, inputs)
     if [t.shape for t in got] != [t.shape for t in wanted]:

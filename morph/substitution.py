@@ -18,15 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from morph.batches import Batch, Data, choose_target, describe_data, stream_batches
 from morph.configurations import Drawn, Site, draw_configurations, find_sites
-from morph.counts import Counts, count
+from morph.counts import count
 from morph.cut import apply_plan
-from morph.errors import CheckFailedError, DataError, EditError, ProbeError
+from morph.errors import DataError, EditError, ProbeError
 from morph.passes.cheap_blocks import STANDARD, make_block
 from morph.passes.regroup import Left
 from morph.plan import Plan, Record, Substitute
 from morph.policies import Metric
 from morph.scores import FisherProbe, Loss, cross_entropy
-from morph.surgery import Result, environment, sizes
+from morph.surgery import Result, environment, require_size, sizes, target_facts
 from morph.tracing import Trace, trace
 
 CHOICES = (STANDARD, "G2", "G4", "G8", "G16", "B2", "B4")
@@ -123,7 +123,7 @@ def substitute(
     plan = Plan(_edits(traced, sites, best.choices, seed))
     student = apply_plan(model, plan)
     after = count(student, batch[0][:1])
-    _check_size(after, best)
+    require_size(after, best)
     record = Record(
         command="substitute",
         options={
@@ -203,15 +203,6 @@ def _check_scores(ranked: Sequence[Scored]) -> None:
         )
 
 
-def _check_size(after: Counts, best: Scored) -> None:
-    """The model that came out, counted afresh, must be of the size that was decided."""
-    if (after.params, after.macs) != (best.params, best.macs):
-        raise CheckFailedError(
-            f"check failed: the model has {after.params:,} parameters and {after.macs:,} multiply-adds, "
-            f"{best.params:,} and {best.macs:,} were decided; nothing is returned or written"
-        )
-
-
 def _details(
     sites: Sequence[Site],
     left: Sequence[Left],
@@ -222,15 +213,11 @@ def _details(
     target: int,
 ) -> dict[str, Any]:
     """What the record says of this substitution."""
-    size = getattr(best, metric)
     return {
         "weight_preserving": False,
         "verified": "nothing to verify: new blocks are drawn afresh, so the new model computes something else",
         "weights": "kept where nothing was replaced, drawn afresh in the new blocks",
-        "target": target,
-        "target_metric": metric,
-        "distance": size - target,
-        "distance_relative": (size - target) / target,
+        **target_facts(metric, target, getattr(best, metric)),
         "reachable": list(drawn.reachable),
         "configurations": math.prod(len(site.choices) for site in sites),
         "drawn": drawn.drawn,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from morph.analysis import analyse
 from morph.analysis.edits import drops, times_of
+from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
-from morph.plan import Check, Plan, Record, Reinitialise, Resize, Substitute
-from morph.removal import LIMIT as CUT_LIMIT
-from morph.removal import compare
+from morph.errors import CheckFailedError
+from morph.plan import Check, Perturb, Plan, Record, Reinitialise, Resize, Substitute
+from morph.removal import compare, compare_cut
 from morph.tracing import try_inputs
 from morph.verify import require, same_function
-from morph.zeroing import run_zeroed
+from morph.zeroing import run_doubled
+
+NOISE = "noise was added to the copies, so the new model computes something a little else, as the last check tells"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Operated:
     checks: tuple[Check, ...]
 
 
-def operate(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool) -> Operated:
+def operate(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool) -> Operated:
     """Apply ``plan`` to a copy of ``model``, count it, and compare the function of the edits that must preserve it.
 
     Raises:
@@ -61,31 +64,43 @@ def operate(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool) -> Op
     require(checks)
     if preserving != plan:
         grown = apply_plan(model, plan)
-    return Operated(grown, count(grown, inputs[:1]), checks)
+        if verify and any(isinstance(edit, Perturb) for edit in plan.edits):
+            checks = (*checks, moved_by_noise(model, grown, inputs))
+    require(checks)
+    return Operated(grown, count(grown, inputs), checks)
 
 
-def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Tensor) -> Check:
+def moved_by_noise(model: nn.Module, noisy: nn.Module, inputs: Inputs) -> Check:
+    """How far noise on the copies has moved the outputs: told, not limited."""
+    return compare("outputs, moved by the noise", run_doubled(model, inputs), noisy, inputs, None)
+
+
+def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Inputs) -> Check:
     """Compare a cut model with the model before whose readers see zero in place of what was cut."""
-    state = analyse(model, inputs).state
-    wanted = run_zeroed(state, model, inputs, times_of(state, edits))
-    return compare("zeroing reference", wanted, cut, inputs, CUT_LIMIT)
+    try:
+        analysis = analyse(model, inputs)
+        return compare_cut(cut, edits, times_of(analysis.state, edits), model, inputs, analysis)
+    except RuntimeError:  # code that does other things where there is no data
+        analysis = analyse(model, inputs, with_data=True)
+        return compare_cut(cut, edits, times_of(analysis.state, edits), model, inputs, analysis)
 
 
-def replay(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool = True) -> Result:
+def replay(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool = True) -> Result:
     """Carry out a saved plan on a model that it fits.
 
     Args:
         model: Not touched.
         plan: As `morph.plan.load_plan` gives it.
-        inputs: One batch to count and to verify with; random numbers of the right shape will do.
+        inputs: One batch to count and to verify with: a tensor, a tuple of arguments, or a mapping of named arguments;
+            random numbers of the right shape will do.
         verify: Whether to compare the function before and after.
 
     Raises:
         TraceError: If the model does not accept ``inputs``.
         PlanMismatchError, EditError, CountError, CheckFailedError: As `operate`.
     """
-    try_inputs(model, (inputs,))
-    before = count(model, inputs[:1])
+    try_inputs(model, *arguments_of(inputs))
+    before = count(model, inputs)
     done = operate(model, plan, inputs, verify=verify)
     record = Record(
         command="apply",
@@ -105,6 +120,41 @@ def sizes(counts: Counts) -> dict[str, int]:
     return {"params": counts.params, "macs": counts.macs}
 
 
+class Sized(Protocol):
+    """Whatever says how large a model is."""
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one sample."""
+
+
+def require_size(counts: Sized, decided: Sized) -> None:
+    """Refuse a model that, counted afresh, is not of the size that was decided.
+
+    Raises:
+        CheckFailedError: If it is not.
+    """
+    if (counts.params, counts.macs) != (decided.params, decided.macs):
+        raise CheckFailedError(
+            f"check failed: the new model has {counts.params:,} parameters and {counts.macs:,} multiply-adds, "
+            f"{decided.params:,} and {decided.macs:,} were decided; nothing is returned or written"
+        )
+
+
+def target_facts(metric: str, target: float, size: int) -> dict[str, Any]:
+    """What a record says of a target and of the size that came out."""
+    return {
+        "target": target,
+        "target_metric": metric,
+        "distance": size - target,
+        "distance_relative": (size - target) / target,
+    }
+
+
 def promise(checks: tuple[Check, ...], plan: Plan) -> str:
     """What was checked, in words."""
     if not checks:
@@ -117,18 +167,21 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
         )
     if any(isinstance(edit, Reinitialise) for edit in plan.edits):
         return text + "; then all weights were drawn afresh, so the new model computes something else"
+    if any(isinstance(edit, Perturb) for edit in plan.edits):
+        return f"{text}; then {NOISE}"
     if any(isinstance(edit, Substitute) for edit in plan.edits):
         return text + "; then blocks were put in with fresh weights, so the new model computes something else"
     return text
 
 
-def environment(model: nn.Module, inputs: Tensor) -> Mapping[str, Any]:
-    """Versions, device and model, for a record."""
+def environment(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """Versions, device, model, and the shape of one sample of the first input, for a record."""
+    first = next(iter(tensors_of(arguments_of(inputs))), torch.zeros(1))
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": str(inputs.device),
+        "device": str(first.device),
         "model": type(model).__name__,
         "training_flag": model.training,
-        "input_shape": list(inputs.shape[1:]),
+        "input_shape": list(first.shape[1:]),
     }

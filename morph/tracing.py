@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from morph.errors import TraceError
 
@@ -110,17 +111,22 @@ class _Shapes(fx.Interpreter):
         return result
 
 
-def try_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def try_inputs(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
     """Run ``model`` once in evaluation mode, to see that it accepts ``inputs``.
+
+    Args:
+        model: Left in the mode that it is in.
+        inputs: Positional arguments.
+        named: Named arguments.
 
     Raises:
         TraceError: If it does not; names the shapes and the innermost line of the user's own code.
     """
     with evaluation(model), torch.no_grad():
         try:
-            model(*inputs)
+            model(*inputs, **(named or {}))
         except Exception as error:
-            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            shapes = ", ".join(str(list(x.shape)) for x in tree_leaves((inputs, named)) if isinstance(x, Tensor))
             where = place_of(error)
             raise TraceError(
                 f"{type(model).__name__} does not accept inputs of shape {shapes}: {_first_line(error)}"

@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.errors import CheckFailedError
 from morph.plan import Check
+from morph.zeroing import doubled, in_float64, outputs_of
 
 LIMIT = 1e-10
 _SLICE = 16  # samples in memory at a time
 
 
-def same_function(before: nn.Module, after: nn.Module, inputs: Tensor, *, limit: float = LIMIT) -> tuple[Check, Check]:
+def same_function(before: nn.Module, after: nn.Module, inputs: Inputs, *, limit: float = LIMIT) -> tuple[Check, ...]:
     """Compare outputs, and gradients with respect to the inputs, in float64 and evaluation mode.
 
-    The gradient is that of a random weighting of the outputs, so that it speaks of all of them.
+    The gradient is that of a random weighting of the outputs, so that it speaks of all of them. Inputs without a
+    gradient, such as token numbers, have no second check.
 
     Args:
         before: The model that came in; copies are compared, neither model is touched.
         after: The model that came out.
-        inputs: One batch.
-        limit: Largest difference allowed, relative to the largest value before.
+        inputs: One batch: a tensor, a tuple of arguments, or a mapping of named arguments.
+        limit: Largest difference allowed, relative to the largest value before; 1e-6 at least in float16.
 
     Returns:
         One check of the outputs and one of the input gradients; they may have failed.
     """
+    limit = max(limit, precision(before))
     outputs, gradients = _run(before, inputs)
     other_outputs, other_gradients = _run(after, inputs)
-    return (
-        _compare("outputs", outputs, other_outputs, limit, len(inputs)),
-        _compare("input gradients", gradients, other_gradients, limit, len(inputs)),
-    )
+    samples = next((len(t) for t in tensors_of(arguments_of(inputs)) if t.dim()), 1)
+    checks = [_compare("outputs", outputs, other_outputs, limit, samples)]
+    if gradients.numel() or other_gradients.numel():
+        checks.append(_compare("input gradients", gradients, other_gradients, limit, samples))
+    return tuple(checks)
+
+
+def precision(model: nn.Module) -> float:
+    """How closely the weights of a model can be divided by two, over the largest output.
+
+    Halves are exact in every type but for numbers near the smallest, which float16 has at 6e-8.
+    """
+    return 1e-6 if any(p.dtype == torch.float16 for p in model.parameters()) else 0.0
 
 
 def require(checks: tuple[Check, ...]) -> None:
@@ -48,37 +61,50 @@ def require(checks: tuple[Check, ...]) -> None:
         if not check.passed:
             raise CheckFailedError(
                 f"check failed: the {check.name} moved by {check.max_abs_diff:.3g} ({check.relative:.3g} relative, "
-                f"limit {check.limit:.0e}, "
+                f"{'not finite' if check.limit is None else f'limit {check.limit:.0e}'}, "
                 f"{check.dtype}, {check.samples} samples); nothing is returned or written"
             )
 
 
-def _run(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and input gradients of a float64 copy, each flattened; a few samples at a time."""
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Outputs and input gradients of a float64 copy, each flattened; of one tensor a few samples at a time."""
     twin = copy.deepcopy(model).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     results = []
-    for part in inputs.detach().split(_SLICE):
-        x = part.double().requires_grad_()
-        with torch.enable_grad():
-            outputs = _flat(twin(x))
-            weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
-            (gradient,) = torch.autograd.grad((outputs * weights).sum(), x)
-        results.append((outputs.detach(), gradient.flatten()))
+    for part in inputs.split(_SLICE) if isinstance(inputs, Tensor) else (inputs,):
+        args, kwargs = pytree.tree_map_only(Tensor, _leaf, doubled(arguments_of(part)))
+        leaves = [t for t in tensors_of((args, kwargs)) if t.requires_grad]
+        with torch.enable_grad(), in_float64():
+            outputs = _flat(outputs_of(twin(*args, **kwargs)))
+        weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+        results.append((outputs.detach(), _gradients((outputs * weights).sum(), leaves)))
     outputs_of_parts, gradients = zip(*results, strict=True)
     return torch.cat(outputs_of_parts), torch.cat(gradients)
 
 
-def _flat(outputs: Any) -> Tensor:
-    """Every floating-point tensor of an output, flattened and joined."""
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([leaf.flatten().double() for leaf in leaves])
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same values, with a gradient to come where there can be one."""
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Gradients of ``value``, flattened and joined; empty where it depends on no input, as on token numbers."""
+    if not leaves or not value.requires_grad:
+        return torch.zeros(0, dtype=torch.float64, device=value.device)
+    return _flat(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors flattened and joined."""
+    return torch.cat([t.flatten().double() for t in tensors] or [torch.zeros(0, dtype=torch.float64)])
 
 
 def _compare(name: str, before: Tensor, after: Tensor, limit: float, samples: int) -> Check:
     """The largest difference; a difference of shape, or a value that is not finite, is infinite."""
     if before.shape != after.shape:
         return Check(name, float("inf"), float("inf"), limit, samples, "float64")
+    if not before.numel():
+        return Check(f"{name}: there are none, so this shows nothing", 0.0, 0.0, limit, samples, "float64")
     difference = float((before - after).abs().max())
     scale = float(before.abs().max())
     relative = difference / scale if scale else (0.0 if difference == 0 else float("inf"))

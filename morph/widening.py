@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from morph.analysis import Analysis, Sizes, analyse, count_sizes
-from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.analysis.recording import Inputs
 from morph.carriers import Form, LeftWhole
 from morph.copies import Widened, Widener, check_growth
+from morph.cut import apply_plan
 from morph.errors import EditError, NothingToGrowError, TargetError
-from morph.plan import Check, Record
-from morph.pruning import batch_of
+from morph.noise import noise_on_copies
+from morph.plan import Check, Plan, Record, Resize
+from morph.pruning import batch_of, on_meta, require_values
 from morph.selection import matches
-from morph.surgery import Result, environment
+from morph.surgery import NOISE, Result, environment, moved_by_noise
 from morph.unit_scores import GRADIENT, Score, score_units
 from morph.verify import require
 
 Copies = Mapping[str, Mapping[int, int]]
+VERIFIED = "outputs in evaluation mode, float64, before and after"
 
 
 def widen(
@@ -37,6 +40,7 @@ def widen(
     loss: Callable[[Any, Any], Tensor] | None = None,
     ignore: Sequence[str] = (),
     form: Form = "auto",
+    noise: float = 0.0,
     seed: int = 0,
     verify: bool = True,
 ) -> Result:
@@ -60,11 +64,14 @@ def widen(
         loss: Gives one value per sample from outputs and targets.
         ignore: Patterns of couplings to leave as they are.
         form: As for `morph.prune`.
-        seed: Of the random score.
+        noise: Standard deviation of noise on the weights that make the copies, over the root mean square of each
+            parameter; 0 for none. Copies are equal and get equal gradients, and without noise only dropout lets them
+            part. The function then moves: by how much is measured and told, beside the check of the copies themselves.
+        seed: Of the random score and the noise.
         verify: Whether to compare outputs before and after, in float64.
 
     Raises:
-        TargetError: Not exactly one of ratio and targets, or one below the present size or out of reach.
+        TargetError: Not exactly one of ratio and targets, or one below the present size or out of reach; noise below 0.
         NothingToGrowError: No coupling can be copied exactly; gives the first reasons.
         TraceError, AnalysisError, EditError: As for `morph.prune`.
         CheckFailedError: The result does not compute what the model does.
@@ -78,21 +85,32 @@ def widen(
     """
     if sum(v is not None for v in (ratio, target_params, target_macs)) != 1:
         raise TargetError("give one of ratio, target_params and target_macs")
-    analysis = analyse(model, example_inputs)
-    widener = Widener(model, example_inputs, analysis, form)
-    couplings = [
-        c for c in analysis.couplings.values() if not matches(c, ignore) and (score not in GRADIENT or analysis.runs(c))
-    ]
-    scores = score_units(model, couplings, score, inputs=example_inputs, data=data, loss=loss, seed=seed)
-    policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
-    batch = batch_of(example_inputs)
-    if ratio is None:
-        ratio = policy.ratio_for(target_params, target_macs, batch)
-    elif ratio <= 1:
+    if not 0 <= noise < float("inf"):
+        raise TargetError(f"noise is a relative standard deviation, 0 or above, got {noise}")
+    if ratio is not None and ratio <= 1:
         raise TargetError(f"ratio must be above 1, got {ratio}")
-    widened, checks, left = _carried(policy, ratio, model, example_inputs, verify=verify)
+    batch = batch_of(example_inputs)
+
+    def carried(*, with_data: bool) -> tuple[_Policy, float, tuple[Widened, tuple[Check, ...], list[LeftWhole]]]:
+        analysis = analyse(model, example_inputs, with_data=with_data)
+        require_values(model, score)
+        runs = [c for c in analysis.couplings.values() if score not in GRADIENT or analysis.runs(c)]
+        wanted = [c for c in runs if not matches(c, ignore)]
+        scores = score_units(model, wanted, score, inputs=example_inputs, data=data, loss=loss, seed=seed)
+        widener = Widener(model, example_inputs, analysis, form)
+        policy = _Policy(analysis, widener, {k: v.numpy() for k, v in scores.items()}, ignore)
+        share = policy.ratio_for(target_params, target_macs, batch) if ratio is None else ratio
+        return policy, share, _carried(policy, share, model, example_inputs, verify=verify)
+
+    try:
+        policy, ratio, (widened, checks, left) = carried(with_data=False)
+    except RuntimeError:  # code that does other things where there is no data
+        policy, ratio, (widened, checks, left) = carried(with_data=True)
+    analysis = policy.analysis
+    if noise:
+        widened, checks = _noisy(widened, checks, analysis, model, example_inputs, noise, seed)
     before = analysis.sizes()
-    after = count_sizes(analysis, widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
+    after = count_sizes(analysis, policy.widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
     record = Record(
         command="widen",
         options={
@@ -102,6 +120,7 @@ def widen(
             "score": score if isinstance(score, str) else getattr(score, "__name__", type(score).__name__),
             "ignore": list(ignore),
             "form": form,
+            "noise": noise,
             "seed": seed,
             "verify": verify,
         },
@@ -109,19 +128,46 @@ def widen(
         before={"params": before.params, "macs": before.macs // batch},
         after={"params": after.params, "macs": after.macs // batch},
         checks=checks,
-        details={
-            "weight_preserving": True,
-            "verified": "outputs in evaluation mode, float64, before and after" if checks else "not verified",
-            "traced": analysis.traced,
-            "form": widened.form,
-            "why_graph": widened.why_graph,
-            "copied": {name: units.tolist() for name, units in widened.copies.items()},
-            "left": [asdict(item) for item in left],
-            "unknown_operators": dict(analysis.unknown),
-        },
-        environment=environment(model, next(iter(tensors_of(arguments_of(example_inputs))), torch.zeros(1))),
+        details=_details(widened, checks, left, analysis, noise),
+        environment=environment(model, example_inputs),
     )
     return Result(widened.model, record)
+
+
+def _details(
+    widened: Widened, checks: tuple[Check, ...], left: list[LeftWhole], analysis: Analysis, noise: float
+) -> dict[str, Any]:
+    """What the record says of a widening."""
+    return {
+        "weight_preserving": not noise,
+        "verified": VERIFIED + (f"; then {NOISE}" if noise else "") if checks else "not verified",
+        "traced": analysis.traced,
+        "form": widened.form,
+        "why_graph": widened.why_graph,
+        "copied": {name: units.tolist() for name, units in widened.copies.items()},
+        "left": [asdict(item) for item in left],
+        "unknown_operators": dict(analysis.unknown),
+    }
+
+
+def _noisy(
+    widened: Widened,
+    checks: tuple[Check, ...],
+    analysis: Analysis,
+    model: nn.Module,
+    inputs: Inputs,
+    noise: float,
+    seed: int,
+) -> tuple[Widened, tuple[Check, ...]]:
+    """The wider model with noise on its copies; by how much that moves it is told where the copies were checked."""
+    resizes = [edit for edit in widened.plan.edits if isinstance(edit, Resize)]
+    edits = noise_on_copies(widened.model, resizes, analysis.parameters, noise, seed)
+    noisy = apply_plan(widened.model, Plan(tuple(edits)))
+    plan = Plan((*widened.plan.edits, *edits))
+    if checks:
+        checks = (*checks, moved_by_noise(model, noisy, inputs))
+        require(checks)
+    return dataclasses.replace(widened, model=noisy, plan=plan), checks
 
 
 class _Policy:
@@ -214,7 +260,7 @@ def _carried(
             LeftWhole(name, 0, f"{policy.widener.only_together(name)} runs over them: exact from a ratio of 2 on")
             for name in policy.together
         ]
-    if not verify or any(p.device.type == "meta" for p in model.parameters()):
+    if not verify or on_meta(model):
         sure = _without_reshaped(policy, wanted, left, "reshaped: copied only where the result is measured")
         widened = policy.widener.widen(sure)
         return widened, (), [*left, *widened.left]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,8 +63,18 @@ def _writes(func: Any) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
-def _doubled(tree: Any) -> Any:
+def doubled(tree: Any) -> Any:
+    """The same with every tensor of a smaller floating-point type in float64."""
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype in _LOW else t, tree)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Let a model compute in float64 whatever its code asks for, from a fixed seed, with attention step by step."""
+    with plain_attention(), _float64(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with _Lifted():  # type: ignore[no-untyped-call]
+            yield
 
 
 @contextmanager
@@ -84,21 +94,23 @@ def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     Raises:
         Exception: Whatever the model raises.
     """
-    args, kwargs = _doubled(arguments_of(inputs))
+    args, kwargs = doubled(arguments_of(inputs))
     twin = copy.deepcopy(model).double().eval()
-    with torch.no_grad(), plain_attention(), _float64(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with _Lifted():  # type: ignore[no-untyped-call]
-            output = twin(*args, **kwargs)
-    return outputs_of(output)
+    with torch.no_grad(), in_float64():
+        return outputs_of(twin(*args, **kwargs))
 
 
 def outputs_of(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of an output."""
+    """Every floating-point tensor of an output; complex ones as pairs of numbers."""
     found = tensors_of(output)
     if not found and hasattr(output, "__dict__"):
         found = tensors_of(list(vars(output).values()))
-    return [t.double() for t in found if t.is_floating_point()]
+    return _real(found)
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    pairs = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    return [t.double() for t in pairs if t.is_floating_point()]
 
 
 def run_zeroed(state: Propagation, model: nn.Module, inputs: Inputs, times: Labels) -> list[Tensor]:
@@ -135,11 +147,13 @@ class _Run:
     def outputs(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
         recording = self.state.recording
         env: dict[int, Tensor] = {}
+        written = _written(recording)
         for name, value in recording.sources.items():
-            env[value.number] = tensors[name].detach()
+            tensor = tensors[name].detach()
+            env[value.number] = tensor.clone() if value.number in written else tensor
             self.device = tensors[name].device
         for value, tensor in zip(recording.inputs, tensors_of(arguments_of(inputs)), strict=True):
-            env[value.number] = _doubled(tensor.detach())
+            env[value.number] = doubled(tensor.detach())
         last = _last_uses(recording)
         with torch.no_grad(), _float64(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -147,7 +161,7 @@ class _Run:
                 self._step(number, call, env)
                 for done in last[number]:
                     env.pop(done, None)
-        return [env[v.number].double() for v in recording.outputs if env[v.number].is_floating_point()]
+        return _real([env[v.number] for v in recording.outputs])
 
     def _step(self, number: int, call: Call, env: dict[int, Tensor]) -> None:
         writes = isinstance(call.target, torch._ops.OpOverload) and _writes(call.target)
@@ -158,7 +172,7 @@ class _Run:
                 if tensor is None:
                     assert leaf.data is not None
                     tensor = env[leaf.number] = leaf.data.to(self.device)
-                return tensor if writes else _doubled(tensor)
+                return tensor if writes else doubled(tensor)
             if isinstance(leaf, torch.device):
                 return self.device
             return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
@@ -251,6 +265,21 @@ def _spread(tensor: Tensor, x: Tensor, small: Tensor, kept: Mapping[int, Tensor]
         shape[axis] = x.shape[axis]
         tensor = tensor.new_zeros(shape).index_copy(axis, positions, tensor)
     return tensor
+
+
+def _written(recording: Recording) -> set[int]:
+    """The parameters and buffers into which a call writes, itself or through a view; copies must be written into."""
+    base: dict[int, int] = {value.number: value.number for value in recording.sources.values()}
+    written: set[int] = set()
+    for call in recording.calls[: recording.evaluated]:
+        if not isinstance(call.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(call.target._schema.arguments, call.args, strict=False):
+            source = base.get(value.number) if isinstance(value, Value) else None
+            if source is not None and argument.alias_info is not None:
+                written.update({source} if argument.alias_info.is_write else ())
+                base.update((out.number, source) for out in values_in(call.output))
+    return written
 
 
 def _last_uses(recording: Recording) -> dict[int, list[int]]:

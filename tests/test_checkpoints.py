@@ -16,7 +16,7 @@ from morph.checkpoints import edit_checkpoint
 from morph.cli.main import main
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError, EditError, ModelFileError, OutputError, PlanMismatchError
-from morph.plan import Deepen, Plan, Record, Regroup, Reinitialise, Resize, SetAttribute, UseGraph
+from morph.plan import Deepen, Perturb, Plan, Record, Regroup, Reinitialise, Resize, SetAttribute, UseGraph
 
 PLAN = Plan(
     (
@@ -140,8 +140,8 @@ def test_a_plan_for_another_model_is_refused(file, tmp_path):
 
 
 def test_edits_that_need_the_model_are_refused(file, tmp_path):
-    plan = Plan((Reinitialise(0), Deepen("blocks", ("1",), 1, (), 3, 0)))
-    with pytest.raises(EditError, match="kind deepen, reinitialise make new weights and need the model"):
+    plan = Plan((Reinitialise(0), Deepen("blocks", ("1",), 1, (), 3, 0), Perturb("a", 0, 3, (1,), 0.1, 0)))
+    with pytest.raises(EditError, match="kind deepen, perturb, reinitialise make new weights and need the model"):
         edit_checkpoint(plan, file, tmp_path / "new.safetensors")
 
 

@@ -412,13 +412,13 @@ def test_errors_say_what_was_wrong_in_one_line():
     with pytest.raises(CountError, match=r"run on an input of shape \(1, 4, 13, 13\): .*channels.*give the") as caught:
         count(small(), torch.randn(2, 4, 13, 13))
     assert "\n" not in str(caught.value)
-    with pytest.raises(CountError, match=r"a tuple of tensors as inputs, got list"):
+    with pytest.raises(CountError, match=r"a tuple of arguments or a mapping of named ones, got list"):
         count(small(), [torch.randn(2, 3, 13, 13)])  # type: ignore[arg-type]
-    with pytest.raises(CountError, match=r"a tuple of tensors as inputs, got int"):
-        count(small(), (torch.randn(2, 3, 13, 13), 5))  # type: ignore[arg-type]
+    with pytest.raises(CountError, match=r"at least one sample, got no tensor"):
+        count(small(), (5,))
     with pytest.raises(CountError, match=r"at least one sample, got shape \(0, 3, 13, 13\); the first axis"):
         count(small(), torch.randn(0, 3, 13, 13))
-    with pytest.raises(CountError, match=r"at least one sample, got nothing"):
+    with pytest.raises(CountError, match=r"at least one sample, got no tensor"):
         count(small(), ())
     with pytest.raises(CountError, match=r"the model cannot be copied, which counting needs: "):
         count(nn.Sequential(nn.LazyLinear(3)), torch.randn(1, 3))
@@ -427,3 +427,26 @@ def test_errors_say_what_was_wrong_in_one_line():
         traced = torch.jit.trace(nn.Linear(5, 3), torch.randn(1, 5))
     with pytest.raises(CountError, match=r"TorchScript model cannot be counted; count the model that it was"):
         count(traced, torch.randn(1, 5))
+
+
+class Masked(nn.Module):
+    """Named inputs, one of them not a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x, mask=None, scale=1.0):
+        x = self.one(x) * scale
+        return self.two(x if mask is None else x * mask)
+
+
+def test_named_inputs_are_counted_by_the_second_counter():
+    plain = count(Masked(), torch.randn(4, 5))
+    named = count(Masked(), {"x": torch.randn(4, 5), "mask": torch.ones(4, 1), "scale": 2.0})
+    assert (named.macs, named.params) == (plain.macs, plain.params) == (5 * 7 + 7 * 3, 5 * 7 + 7 + 7 * 3 + 3)
+    assert count(Masked(), (torch.randn(4, 5), None, 3.0)).macs == plain.macs
+    assert named.difference == "fvcore cannot trace this model (it takes tensors by position alone); counted by " + (
+        "torch.utils.flop_counter alone"
+    )
+    assert named.input_shapes == ((5,), (1,))

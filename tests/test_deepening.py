@@ -416,7 +416,7 @@ def test_targets_that_cannot_be(wrn):
 
 def test_a_size_that_was_not_decided_is_refused(wrn, monkeypatch):
     monkeypatch.setattr("morph.deepening._cost", lambda *_: {"params": 7, "macs": 7, "blocks": 1})
-    with pytest.raises(CheckFailedError, match=r"the deeper model has .* were decided"):
+    with pytest.raises(CheckFailedError, match=r"the new model has .* were decided"):
         deepen(wrn, IMAGES, blocks=1, verify=False)
 
 

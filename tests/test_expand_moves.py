@@ -67,6 +67,24 @@ def test_widen_to_a_ratio(capsys, plain):
     assert "written: student-teacher.pt, student-teacher.json, student-teacher.svg" in out
 
 
+def test_widen_with_noise_tells_how_far_it_moves(capsys, plain):
+    code, out, _ = run(capsys, "--move", "widen", "--ratio", "1.25", "--noise", "1e-6")
+    assert code == 0
+    record = check_files("student-teacher")
+    assert record["weight_preserving"] is False
+    assert [check["limit"] for check in record["checks"]] == [1e-9, None]
+    assert re.search(r"check +outputs, moved by the noise: max .*\(no limit, float64, \d+ samples\)", out)
+    assert "noise          on the weights that make the copies" in out
+
+
+@pytest.mark.parametrize("text", ["-1", "some", "inf", "nan"])
+def test_noise_that_is_none(capsys, text):
+    with pytest.raises(SystemExit) as caught:
+        main(["expand", "student.pt", "--move", "widen", "--ratio=1.5", f"--noise={text}"])
+    assert caught.value.code == 2
+    assert "is not a share of the size of weights, 0 or above" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("metric", ["params", "macs"])
 def test_widen_to_a_target_by_fisher_scores(capsys, plain, metric):
     size = {"params": "220K", "macs": "40M"}[metric]
@@ -146,6 +164,7 @@ READ = {
     "--score l2": ["widen"],
     "--ignore x": ["widen", "auto"],
     "--form graph": ["widen", "auto"],
+    "--noise 0.1": ["widen"],
     "--probe-batches 2": ["widen", "auto"],
 }
 

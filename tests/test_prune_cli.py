@@ -125,6 +125,7 @@ def test_scores_that_look_at_data(capsys, model, score):
         (("--ratio", "0.3", "--data", "data.npz"), "--data means nothing to --score l2, which looks at no data"),
         (("--ratio", "0.3", "--probe-batches", "3"), "--probe-batches means nothing to --score l2"),
         (("--target-params", "10"), "target_params 10 is out of reach: at least"),
+        (("--target-params", "1G"), "the target of 1,000,000,000 params is not below the present "),
         (("--ratio", "0.3", "--out", "x.json"), "x.json: give a name that ends in .pt, since .json and .svg are taken"),
         (("--ratio", "0.3", "--out", "no/x.pt"), "no/x.pt: the folder no does not exist"),
         (("--ratio", "0.3", "--score", "fisher", "--data", "none.npz"), "none.npz: there is no such file or folder"),

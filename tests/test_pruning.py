@@ -292,6 +292,25 @@ def test_the_function_is_that_of_zeros(tmp_path):
 # ---- refusals
 
 
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_a_target_that_the_model_meets_already_is_refused_with_its_size(metric):
+    model, inputs = make("chain")
+    before = prune(model, inputs, ratio=0).record.before[metric]
+    for target in (before, before + 1, 1e12, float("nan"), float("inf")):
+        for steps in (1, 3):
+            with pytest.raises(TargetError, match=rf"the target of .* {metric} is not below the present {before:,}; "):
+                prune(model, inputs, **{f"target_{metric}": target}, steps=steps)
+    assert prune(model, inputs, **{f"target_{metric}": before - 1}).record.after[metric] < before
+
+
+def test_a_share_of_nothing_changes_nothing():
+    model, inputs = make("chain")
+    result = prune(model, inputs, ratio=0)
+    assert result.record.plan.edits == ()
+    assert result.model is not model
+    assert same_bits(result.model, model)
+
+
 def test_refusals():
     model, inputs = make("chain")
     snapshot = Snapshot(model)

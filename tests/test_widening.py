@@ -16,6 +16,7 @@ import morph
 from morph import widening
 from morph.copies import Widener
 from morph.errors import CheckFailedError, NothingToGrowError, PlanMismatchError, TargetError, TraceError
+from morph.plan import Perturb, Resize
 from morph.pruning import prune
 from morph.widening import widen
 
@@ -202,3 +203,82 @@ def test_only_norms_and_a_small_ratio_leave_nothing_to_copy():
         widen(Normed(), torch.randn(4, 5), ratio=1.5)
     model = Normed().double()
     assert gap(run(model, draw(4, 5)), run(widen(model, draw(4, 5), ratio=2).model, draw(4, 5))) < 1e-12
+
+
+def copies_of(result: morph.Result, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each tensor that got noise, its noisy positions now, and what they were copied from."""
+    old, new = dict(model.named_parameters()), dict(result.model.named_parameters())
+    plan = result.record.plan.edits
+    found = {}
+    for edit in plan:
+        if isinstance(edit, Perturb):
+            (resize,) = [e for e in plan if isinstance(e, Resize) and (e.tensor, e.axis) == (edit.tensor, edit.axis)]
+            clean = morph.cut.apply_plan(model, morph.Plan(tuple(e for e in plan if not isinstance(e, Perturb))))
+            at = torch.tensor(edit.positions)
+            pair = [dict(m.named_parameters())[edit.tensor].index_select(edit.axis, at) for m in (result.model, clean)]
+            assert len(resize.index) == new[edit.tensor].shape[edit.axis] > old[edit.tensor].shape[edit.axis]
+            assert not resize.scale
+            found[edit.tensor] = (pair[0], pair[1])
+    return found
+
+
+@pytest.mark.parametrize("name", ["chain", "transformer", "depthwise", "named", "weightnorm", "constants"])
+def test_noise_parts_the_copies_and_is_measured_and_replayed(name, tmp_path):
+    model, inputs = make(name)
+    snapshot = Snapshot(model)
+    result = widen(model, inputs, ratio=2, noise=0.02, seed=3)
+    assert snapshot.same()
+    record = result.record
+    clean, moved = record.checks
+    assert clean.relative < 1e-12
+    assert (moved.name, moved.limit, moved.passed) == ("outputs, moved by the noise", None, True)
+    assert moved.relative == pytest.approx(gap(run(model, inputs), run(result.model, inputs)), rel=1e-6)
+    assert 1e-5 < moved.relative < 1
+    assert (record.details["weight_preserving"], record.options["noise"]) == (False, 0.02)
+    assert "then noise was added to the copies" in record.details["verified"]
+    assert copies_of(result, model)
+    for tensor, (noisy, plain) in copies_of(result, model).items():
+        size = float(dict(result.model.named_parameters())[tensor].detach().square().mean().sqrt())
+        assert bool((noisy != plain).all())
+        assert float((noisy - plain).square().mean().sqrt()) == pytest.approx(0.02 * size, rel=0.5)
+    record.save(tmp_path / "record.json")
+    plan = morph.load_plan(tmp_path / "record.json")
+    again = morph.replay(copy.deepcopy(model), plan, inputs)
+    assert same_bits(again.model, result.model)
+    assert again.record.checks[-1].relative == pytest.approx(moved.relative, rel=1e-6)
+    assert "then noise was added to the copies" in again.record.details["verified"]
+    assert same_bits(widen(model, inputs, ratio=2, noise=0.02, seed=3).model, result.model)
+    assert not same_bits(widen(model, inputs, ratio=2, noise=0.02, seed=4).model, result.model)
+
+
+def test_noise_lets_copies_get_different_gradients():
+    model, inputs = make("mlp")
+
+    def rows(noise: float) -> Tensor:
+        wide = widen(model, inputs, ratio=2, noise=noise).model
+        wide(inputs).pow(2).mean().backward()
+        return wide[0].weight.grad
+
+    assert len(rows(0.0).unique(dim=0)) < 22
+    assert len(rows(1e-3).unique(dim=0)) == 22
+
+
+def test_noise_without_verification_or_data_and_on_a_plan_for_another_model():
+    model, inputs = make("chain")
+    assert widen(model, inputs, ratio=1.5, noise=0.1, verify=False).record.checks == ()
+    with torch.device("meta"):
+        bare = NETS["chain"]()[0].double()
+    plan = widen(bare, inputs, ratio=1.5, noise=0.1).record.plan
+    assert any(isinstance(edit, Perturb) for edit in plan.edits)
+    noise = morph.Plan(tuple(edit for edit in plan.edits if isinstance(edit, Perturb)))
+    with pytest.raises(PlanMismatchError, match=r"noise for one\.weight\[0\] of \d+, the model has \d+"):
+        morph.cut.apply_plan(model, noise)
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(TargetError, match="noise is a relative standard deviation, 0 or above"):
+            widen(model, inputs, ratio=1.5, noise=wrong)
+
+
+def test_noise_that_is_not_finite_fails():
+    model, inputs = make("chain")
+    with pytest.raises(CheckFailedError, match=r"moved by the noise moved by inf \(inf relative, not finite"):
+        widen(model, inputs, ratio=1.5, noise=1e308)

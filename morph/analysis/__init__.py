@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from morph.analysis.admission import admit
 from morph.analysis.atoms import Labels
 from morph.analysis.grouping import group_units, list_frozen
 from morph.analysis.propagation import Propagation, propagate
@@ -161,9 +162,11 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
         with_data: Run with data at once; for code that does other things on a device without data.
 
     Raises:
-        TraceError: If the model does not accept the inputs; names the user's line.
+        TraceError: If the model does not accept the inputs; names the user's line. If it cannot be copied or followed
+            (TorchScript, compiled, lazy, weights computed by hooks); names the module.
         AnalysisError: If a rule does not fit its operator.
     """
+    admit(model, inputs)
     recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
     state = propagate(recording, {**RULES, **USER_RULES})
     parameters = frozenset(name for name, _ in model.named_parameters())

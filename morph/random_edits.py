@@ -1,0 +1,57 @@
+"""Edits that draw random numbers and so do not keep the function: fresh weights, fresh blocks, noise on copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reinitialise:
+    """Draw all weights afresh, as for a teacher that shall be untrained; the model's function is lost on purpose.
+
+    Attributes:
+        seed: Seed of the draw.
+    """
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Put a cheap block in the place of a convolution; its weights are drawn afresh, so the function is lost.
+
+    Attributes:
+        module: Path of the convolution.
+        choice: The block; see `morph.passes.cheap_blocks`.
+        shape: Shape of the convolution's weight, by which a plan knows its model.
+        seed: Seed of the draw.
+    """
+
+    module: str
+    choice: str
+    shape: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Perturb:
+    """Add noise to some positions of a parameter, so that copies part in training; the function moves by that much.
+
+    The noise is normal, with ``deviation`` times the root mean square of the whole parameter as standard deviation
+    (Chen et al., "Net2Net", ICLR 2016, section 2: a small amount of noise breaks the symmetry of copied units).
+
+    Attributes:
+        tensor: Its name in the state_dict.
+        axis: The axis.
+        size: Length of that axis, by which a plan knows its model.
+        positions: Where on that axis the noise goes.
+        deviation: Relative standard deviation.
+        seed: Seed of the draw.
+    """
+
+    tensor: str
+    axis: int
+    size: int
+    positions: tuple[int, ...]
+    deviation: float
+    seed: int
