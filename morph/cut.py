@@ -12,12 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import EditError, PlanMismatchError
 from morph.graphs import graph_of, set_constants
+from morph.heads import free_attention
 from morph.passes.cheap_blocks import install_block
 from morph.passes.insertion import insert_copies
 from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
     Edit,
+    FreeAttention,
     Plan,
     Regroup,
     Reinitialise,
@@ -74,6 +76,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
     """Apply edits of one kind, in place."""
     if kind is SetAttribute:
         set_attributes(grown, edits)
+    elif kind is FreeAttention:
+        free_attention(grown, edits)
     elif kind in (SetConstant, SplitAt):
         set_constants(grown, edits)
     for edit in edits:

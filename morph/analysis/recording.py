@@ -168,17 +168,20 @@ def without_data(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes, parameters and buffers back afterwards: some keep what a run has computed."""
+    """Give every module its class, attributes, parameters and buffers back: some keep what a run has computed."""
     saved = []
+    kinds = [(module, type(module)) for module in model.modules()]
     for module in model.modules():
         attributes = vars(module)
         saved.append((attributes, dict(attributes)))
-        for held in (attributes["_parameters"], attributes["_buffers"]):
-            if held:
-                saved.append((held, dict(held)))
+        tensors = (attributes["_parameters"], attributes["_buffers"])
+        saved += [(held, dict(held)) for held in tensors if held]
     try:
         yield
     finally:
+        for module, kind in kinds:
+            if type(module) is not kind:
+                module.__class__ = kind
         for now, before in saved:
             if list(now) != list(before) or any(now[name] is not value for name, value in before.items()):
                 now.clear()
