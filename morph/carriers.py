@@ -16,6 +16,7 @@ from morph.cut import apply_plan
 from morph.errors import TraceError
 from morph.fitting import Fitter, Misfit
 from morph.graph_fitting import GraphFitter
+from morph.heads import attention_edits
 from morph.plan import Edit, Plan, Resize, UseGraph
 
 Form = Literal["auto", "class", "graph"]
@@ -120,12 +121,12 @@ class Carrier:
                 self.no_graph = str(error)
         if self.graph is None:
             return Misfit(0, "", self.no_graph)
-        groups = self.fitter.groups(times)
-        constants, misfit = self.graph.fit(edits, groups)
+        sizes = [*self.fitter.groups(times), *attention_edits(self.graph.graph, edits)]
+        constants, misfit = self.graph.fit(edits, sizes)
         if misfit is not None:
             return misfit
         used = [e for e in edits if e.tensor in self.graph.state.recording.sources]
-        everything: list[Edit] = [UseGraph("symbolic"), *used, *groups, *constants]
+        everything: list[Edit] = [UseGraph("symbolic"), *used, *sizes, *constants]
         return Plan(tuple(everything))
 
     def siblings(self, name: str, chosen: Collection[str]) -> list[str]:

@@ -24,6 +24,7 @@ from morph.atomic import atomic_path, write_text
 from morph.errors import CheckFailedError, EditError, OutputError, PlanMismatchError
 from morph.plan import (
     Deepen,
+    FreeAttention,
     Perturb,
     Plan,
     Regroup,
@@ -272,6 +273,11 @@ def _final(shape: Shape, edits: Sequence[TensorEdit]) -> Shape:
 def _model_changes(plan: Plan) -> tuple[str, ...]:
     """The edits that concern no tensor, in words."""
     sizes = [f"{e.module}.{e.attribute}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetAttribute)]
+    sizes += [
+        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as FreeMultiheadAttention"
+        for e in plan.edits
+        if isinstance(e, FreeAttention)
+    ]
     constants = sum(isinstance(e, SetConstant | SplitAt) for e in plan.edits)
     if any(isinstance(e, UseGraph) for e in plan.edits):
         sizes.append(f"the traced graph in place of the class, {constants} constants in it changed")

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.errors import EditError, PlanMismatchError
 from morph.graphs import graph_of, set_constants
+from morph.heads import free_attention
 from morph.noise import add_noise
 from morph.passes.cheap_blocks import install_block
 from morph.passes.insertion import insert_copies
@@ -19,6 +20,7 @@ from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
     Edit,
+    FreeAttention,
     Perturb,
     Plan,
     Regroup,
@@ -81,6 +83,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
     """Apply edits of one kind, in place."""
     if kind is SetAttribute:
         set_attributes(grown, edits)
+    elif kind is FreeAttention:
+        free_attention(grown, edits)
     elif kind is SetConstant:
         set_constants(grown, edits)
     elif kind is Perturb:

@@ -17,8 +17,9 @@ from morph.analysis.atoms import Labels
 from morph.analysis.recorder import rerun
 from morph.analysis.recording import Call, Inputs, Value, put_back
 from morph.analysis.tags import operator_name, values_in
-from morph.plan import Resize, SetAttribute
-from morph.resizing import resize_own, set_attributes
+from morph.heads import SizeEdit, attention_edits, set_sizes
+from morph.plan import FreeAttention, Resize, SetAttribute
+from morph.resizing import resize_own
 
 _TRIES = 60
 _aten = torch.ops.aten
@@ -35,6 +36,7 @@ _LAYOUT = {
     _aten.transpose,
     _aten.permute,
 }
+_SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default}  # into parts whose shapes are compared
 _COPIES = {_aten.clone, _aten.alias, _aten.detach}
 _SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
 
@@ -59,11 +61,11 @@ class Fit:
     """What makes a cut model fit.
 
     Attributes:
-        attributes: The attributes to set.
+        attributes: The attributes to set, and the attention to free.
         misfit: Where it still does not fit; None if it does.
     """
 
-    attributes: tuple[SetAttribute, ...]
+    attributes: tuple[SizeEdit, ...]
     misfit: Misfit | None
 
 
@@ -84,7 +86,7 @@ class Fitter:
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        chosen = self.groups(times)
+        chosen = [*self.groups(times), *attention_edits(self.base, edits)]
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
@@ -115,11 +117,11 @@ class Fitter:
                 found[path] = SetAttribute(path, attribute, old, new)
         return list(found.values())
 
-    def _try(self, edits: Sequence[Resize], attributes: Sequence[SetAttribute], times: Labels) -> Misfit | None:
+    def _try(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit], times: Labels) -> Misfit | None:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         with put_back(self.base):
             resize_own(self.base, edits)
-            set_attributes(self.base, attributes)
+            set_sizes(self.base, attributes)
             recording, path, error = rerun(self.base, self.inputs, self.traced, self.analysis.recording.whole)
         recorded = self.analysis.recording
         settled = recorded.settled
@@ -170,7 +172,7 @@ class Fitter:
         """Why a call is not the one expected; empty if it is."""
         if old is None:
             return f"{operator_name(new.target)} is called, nothing was expected"
-        if old.target != new.target:
+        if old.target != new.target and not {old.target, new.target} <= _SPLITS:
             return f"{operator_name(new.target)} is called, {operator_name(old.target)} was expected"
         outputs = list(zip(values_in(old.output), values_in(new.output), strict=False))
         for before, after in outputs:
@@ -193,10 +195,11 @@ class Fitter:
         return tuple([length_of(labels, times, known) for labels in self.analysis.state.tag(value).axes])
 
     def _candidates(
-        self, misfit: Misfit, chosen: Sequence[SetAttribute], times: Labels
+        self, misfit: Misfit, chosen: Sequence[SizeEdit], times: Labels
     ) -> Iterator[tuple[tuple[type, str], list[SetAttribute]]]:
         """Attributes near a misfit that hold an old size, with the new one, for every module of that class."""
-        done = {(e.module, e.attribute) for e in chosen}
+        done = {(e.module, e.attribute) for e in chosen if isinstance(e, SetAttribute)}
+        free = {e.module for e in chosen if isinstance(e, FreeAttention)}
         modules = dict(self.base.named_modules(remove_duplicate=False))
         sizes = self._sizes(times)
         path = misfit.module
@@ -209,7 +212,7 @@ class Fitter:
                     for attribute in some if type(same) is type(module) else ():
                         old: Any = getattr(same, attribute, None)
                         new = _new_size(old, sizes[other])
-                        if new is not None and new != old and (other, attribute) not in done:
+                        if new is not None and new != old and (other, attribute) not in done and other not in free:
                             more.append(SetAttribute(other, attribute, old, new))
                 if any(e.module == path for e in more):
                     yield (type(module), " ".join(some)), more

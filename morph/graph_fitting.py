@@ -18,8 +18,9 @@ from morph.analysis.recording import Inputs, Value, arguments_of, plain_attentio
 from morph.analysis.table import RULES
 from morph.fitting import Misfit
 from morph.graphs import graph_of, set_slot, slots, split_at
-from morph.plan import Resize, SetAttribute, SetConstant, SplitAt
-from morph.resizing import resized, set_attributes
+from morph.heads import SizeEdit, set_sizes
+from morph.plan import Resize, SetConstant, SplitAt
+from morph.resizing import resized
 
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
 _TRIES = 400
@@ -43,13 +44,13 @@ class GraphFitter:
         self.state: Propagation = propagate(recording, RULES)
 
     def fit(
-        self, edits: Sequence[Resize], groups: Sequence[SetAttribute]
+        self, edits: Sequence[Resize], sizes: Sequence[SizeEdit]
     ) -> tuple[list[SetConstant | SplitAt], Misfit | None]:
         """Find the constants with which the graph carries the new sizes."""
         times = times_of(self.state, edits)
         cut = resized(self.graph, [e for e in edits if e.tensor in self.state.recording.sources])
         assert isinstance(cut, fx.GraphModule)
-        set_attributes(cut, groups)
+        set_sizes(cut, sizes)
         made = _Refit(self, cut, times)
         args, kwargs = arguments_of(self.inputs)
         try:

@@ -11,6 +11,8 @@ from typing import Any
 
 from morph.atomic import write_text
 from morph.errors import PlanMismatchError
+from morph.module_edits import FreeAttention as FreeAttention
+from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
@@ -54,23 +56,6 @@ class Resize:
     size: int
     index: tuple[int, ...]
     scale: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class SetAttribute:
-    """Give a module another size in one of its attributes, such as ``groups`` or ``num_heads``.
-
-    Attributes:
-        module: Path of the module.
-        attribute: Name of the attribute.
-        value: What it was, by which a plan knows its model.
-        new: What it becomes.
-    """
-
-    module: str
-    attribute: str
-    value: int | tuple[int, ...]
-    new: int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -137,7 +122,19 @@ class SplitAt:
     sizes: tuple[int, ...]
 
 
-Edit = Regroup | Reinitialise | Resize | Deepen | Substitute | SetAttribute | UseGraph | SetConstant | SplitAt | Perturb
+Edit = (
+    Regroup
+    | Reinitialise
+    | Resize
+    | Deepen
+    | Substitute
+    | SetAttribute
+    | FreeAttention
+    | UseGraph
+    | SetConstant
+    | SplitAt
+    | Perturb
+)
 _KINDS: dict[str, type[Edit]] = {
     "regroup": Regroup,
     "reinitialise": Reinitialise,
@@ -145,6 +142,7 @@ _KINDS: dict[str, type[Edit]] = {
     "deepen": Deepen,
     "substitute": Substitute,
     "setattribute": SetAttribute,
+    "freeattention": FreeAttention,
     "usegraph": UseGraph,
     "setconstant": SetConstant,
     "splitat": SplitAt,
@@ -199,6 +197,8 @@ def _whole(value: Any) -> bool:
 _FORMS: dict[str, Callable[[Any], bool]] = {
     "module": lambda value: isinstance(value, str),
     "groups": _whole,
+    "num_heads": _whole,
+    "head_dim": _whole,
     "to": _whole,
     "seed": _whole,
     "shape": lambda value: isinstance(value, list) and all(map(_whole, value)),

@@ -70,7 +70,7 @@ def place_of(error: BaseException) -> str:
 
 
 class _Tracer(fx.Tracer):
-    """Remembers which node holds the output of which module; takes every kind of convolution as a leaf."""
+    """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
     record_stack_traces = True
 
@@ -79,7 +79,7 @@ class _Tracer(fx.Tracer):
         self.outputs: dict[str, list[str]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _ConvNd | nn.MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_module(m, forward, args, kwargs)

@@ -16,6 +16,8 @@ ROOT = Path(morph.__file__).parent
 ORDER = [
     "errors",
     "atomic",
+    "attention",
+    "module_edits",
     "zoo",
     "files",
     "images",
@@ -45,6 +47,7 @@ ORDER = [
     "analysis",
     "graphs",
     "resizing",
+    "heads",
     "tensor_edits",
     "lineages",
     "shards",

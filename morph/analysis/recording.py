@@ -212,15 +212,19 @@ def without_data(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes, parameters and buffers back afterwards: some keep what a run has computed."""
-    saved = []
-    for _, module in named_modules(model):
+    """Give every module its class, attributes, parameters and buffers back: some keep what a run has computed."""
+    saved, modules = [], named_modules(model)
+    kinds = [(module, type(module)) for _, module in modules]
+    for _, module in modules:
         attributes = vars(module)
         saved.append((attributes, dict(attributes)))
         saved += [(held, dict(held)) for held in (attributes["_parameters"], attributes["_buffers"]) if held]
     try:
         yield
     finally:
+        for module, kind in kinds:
+            if type(module) is not kind:
+                module.__class__ = kind
         for now, before in saved:
             if len(now) != len(before) or any(now.get(name, saved) is not value for name, value in before.items()):
                 now.clear()

@@ -27,6 +27,7 @@ _VALUES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
 _REFUSED = ("torchvision.models.feature_extraction", "timm.models._features_fx", "torch.nn.modules.lazy")
 _NEVER = ("torch.fx", "torch.jit", "torch.package", "torch._dynamo", "torch._C.ScriptModule")
 NETWORKS = ("morph.files.network.GraphNetwork", "morph.files.network.SingleInputGraphNetwork")
+OWN = (*NETWORKS, "morph.attention.FreeMultiheadAttention")
 CONTAINER = "torch.nn.modules.module.Module"
 
 _FUNCTIONS = {
@@ -125,7 +126,7 @@ def check_name(name: str, trust: Collection[str], *, value: bool) -> None:
         raise refusal(name)
     known = name in FUNCTIONS or (_within(name, _VALUES) and not _within(name, _REFUSED))
     if not value:
-        known = name in NETWORKS or (_within(name, _MODULES) and not _within(name, _REFUSED))
+        known = name in OWN or (_within(name, _MODULES) and not _within(name, _REFUSED))
     if not known and not _within(name, trust):
         raise refusal(name)
 
@@ -151,7 +152,7 @@ def resolve(name: str) -> object:
     if name in FUNCTIONS:
         return FUNCTIONS[name]()
     home, _, attribute = name.rpartition(".")
-    known = name in NETWORKS or _within(name, _MODULES)  # never looked for in the working folder
+    known = name in OWN or _within(name, _MODULES)  # never looked for in the working folder
     try:
         with nullcontext() if known else working_folder_importable():
             found = getattr(importlib.import_module(home), attribute)

@@ -1,0 +1,130 @@
+"""What becomes of `torch.nn.MultiheadAttention` when its tensors are resized: its own class where that fits, or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from morph.analysis.recording import named_tensors
+from morph.attention import FreeMultiheadAttention
+from morph.errors import PlanMismatchError
+from morph.plan import FreeAttention, Resize, SetAttribute
+from morph.resizing import set_attributes
+
+SizeEdit = SetAttribute | FreeAttention
+_Index = NDArray[np.int64]
+_Kept = Callable[[Tensor, int], _Index]  # a tensor and an axis: for each position afterwards, where it comes from
+
+
+def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]:
+    """What attention needs for new sizes, found from the sizes alone.
+
+    A module stays what it is where heads times head size is still its width and the head size has not changed; any
+    other goes free. One whose heads would differ in size is passed over: no class can carry that.
+
+    Args:
+        model: The model before; not touched.
+        edits: The resized tensors.
+    """
+    found: list[SizeEdit] = []
+    modules = [(p, m) for p, m in model.named_modules() if type(m) in (nn.MultiheadAttention, FreeMultiheadAttention)]
+    if not modules:
+        return found
+    names = {id(tensor): name for name, tensor in named_tensors(model)}
+    index = {(edit.tensor, edit.axis): edit.index for edit in edits}
+    resized = {edit.tensor for edit in edits}
+
+    def kept(tensor: Tensor, axis: int) -> _Index:
+        return np.array(index.get((names[id(tensor)], axis), range(tensor.shape[axis])), np.int64)
+
+    for path, module in modules:
+        assert isinstance(module, nn.MultiheadAttention)
+        if any(names[id(tensor)] in resized for tensor in module.parameters()):
+            found += _edits_of(path, module, kept)
+    return found
+
+
+def set_sizes(model: nn.Module, edits: Sequence[SizeEdit]) -> None:
+    """Give modules their new sizes, in place.
+
+    Raises:
+        PlanMismatchError: If a module is not what the plan was made for.
+        EditError: If its tensors do not have these sizes.
+    """
+    set_attributes(model, [edit for edit in edits if isinstance(edit, SetAttribute)])
+    free_attention(model, [edit for edit in edits if isinstance(edit, FreeAttention)])
+
+
+def free_attention(model: nn.Module, edits: Sequence[FreeAttention]) -> None:
+    """Let attention go free, in place; errors as for `set_sizes`.
+
+    A `torch.nn.TransformerEncoder` around it gives up nested tensors, which only torch's fused kernel can take.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in edits:
+        module = modules.get(edit.module)
+        known = isinstance(module, nn.MultiheadAttention)
+        present = (module.num_heads, module.head_dim) if isinstance(module, nn.MultiheadAttention) else None
+        if not known or present != (edit.num_heads, edit.head_dim) or len(edit.sizes) != 2:
+            has = f"{present[0]} heads of {present[1]}" if present else "no attention of torch"
+            raise PlanMismatchError(
+                f"this plan was made for another model: {edit.module} has {has}, the plan {edit.num_heads} heads of "
+                f"{edit.head_dim} that become {edit.to} of {list(edit.sizes)}"
+            )
+        assert isinstance(module, nn.MultiheadAttention)
+        FreeMultiheadAttention.of(module).resize(edit.to, *edit.sizes)
+    for outer in modules.values() if edits else ():
+        if isinstance(outer, nn.TransformerEncoder) and _holds_free(outer):
+            outer.use_nested_tensor = False
+
+
+def _holds_free(module: nn.Module) -> bool:
+    return any(isinstance(inner, FreeMultiheadAttention) for inner in module.modules())
+
+
+def _edits_of(path: str, module: nn.MultiheadAttention, kept: _Kept) -> list[SizeEdit]:
+    """The edits of one module whose tensors are resized."""
+    heads, size = module.num_heads, module.head_dim
+    value_size = module.value_head_dim if isinstance(module, FreeMultiheadAttention) else size
+    q, k, v = _rows(module, kept)
+    forms = [_grid(q, size), _grid(k, size), _grid(v, value_size)]
+    counts = {form[0] for form in forms}
+    if len(counts) > 1 or 0 in counts or forms[0] != forms[1]:
+        return []
+    (to, new_size), (_, new_value_size) = forms[0], forms[2]
+    if module.in_proj_weight is not None:
+        widths = [len(kept(module.in_proj_weight, 1))] * 3
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        widths = [len(kept(weight, 1)) for weight in weights if weight is not None]
+    tied = widths[0] == to * size == len(kept(module.out_proj.weight, 0))
+    if isinstance(module, FreeMultiheadAttention) or not tied or (new_size, new_value_size) != (size, size):
+        return [FreeAttention(path, heads, size, to, (new_size, new_value_size))]
+    new = {"embed_dim": widths[0], "num_heads": to, "kdim": widths[1], "vdim": widths[2]}
+    old: dict[str, int] = {name: getattr(module, name) for name in new}
+    return [SetAttribute(path, name, old[name], new[name]) for name in new if old[name] != new[name]]
+
+
+def _rows(module: nn.MultiheadAttention, kept: _Kept) -> tuple[_Index, _Index, _Index]:
+    """For queries, keys and values, where each position afterwards comes from among their own."""
+    if module.in_proj_weight is None:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        q, k, v = (kept(weight, 0) for weight in weights if weight is not None)
+        return q, k, v
+    index, wide = kept(module.in_proj_weight, 0), module.num_heads * module.head_dim
+    return index[index < wide], index[(index >= wide) & (index < 2 * wide)] - wide, index[index >= 2 * wide] - 2 * wide
+
+
+def _grid(index: _Index, size: int) -> tuple[int, int]:
+    """How many heads positions make, and of how many each; zero heads if they are not all alike.
+
+    A head begins where the old head changes, or where positions begin anew (a head that was copied).
+    """
+    head, position = index // size, index % size
+    anew = np.diff(position) < 0 if size > 1 else np.ones(len(index) - 1, bool)
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(head) != 0) | anew]))
+    lengths = set(np.diff([*starts, len(index)]).tolist())
+    return (len(starts), lengths.pop()) if len(lengths) == 1 and len(index) else (0, 0)
