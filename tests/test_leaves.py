@@ -13,10 +13,7 @@ from morph.analysis.recorder import record
 from morph.errors import TraceError
 
 LAYERS = {
-    "conv": (
-        nn.Conv2d(6, 4, (3, 5), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, bias=False),
-        (2, 6, 11, 13),
-    ),
+    "conv": (nn.Conv2d(6, 4, (3, 5), (2, 1), (1, 0), (1, 2), groups=2, bias=False), (2, 6, 11, 13)),
     "conv1d": (nn.Conv1d(3, 5, 3, padding=2), (2, 3, 7)),
     "conv3d": (nn.Conv3d(3, 5, 2), (2, 3, 4, 5, 6)),
     "batch norm": (nn.BatchNorm2d(5, eps=1e-2, momentum=None), (3, 5, 2, 2)),

@@ -61,14 +61,8 @@ def _convolution(module: Any, own: Forward, write: Write) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         weight, bias, groups = parameters["weight"], parameters["bias"], module.groups
         form, kernel = x.shape, weight.shape
-        fits = (
-            _plain(x)
-            and x.dtype == weight.dtype
-            and len(form) == len(kernel)
-            and form[1] == kernel[1] * groups
-            and not kernel[0] % groups
-        )
-        if not fits or not weight.is_contiguous():
+        plain = _plain(x) and weight.is_contiguous() and x.dtype == weight.dtype and len(form) == len(kernel)
+        if not plain or form[1] != kernel[1] * groups or kernel[0] % groups:
             return own(x)
         stride, padding, dilation = list(module.stride), list(module.padding), list(module.dilation)
         size = [
