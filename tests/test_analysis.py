@@ -144,7 +144,7 @@ def _flops(model: nn.Module, inputs: object) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", [n for n in NETS if n != "torchhead"])
+@pytest.mark.parametrize("name", NETS)
 def test_sizes_are_those_of_the_model_and_of_the_cut_model(name):
     model, inputs = make(name)
     analysis = analyse(model, inputs)

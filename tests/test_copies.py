@@ -30,7 +30,6 @@ REFUSED = {
     },
     "packed": {"qkv.weight[0]#1": "summed over between two activations"},
     "torchhead": {
-        "inner.weight[0]": "in mix",
         "mix.in_proj_weight[0]": "in mix",
         "mix.in_proj_weight[0]#1": "summed over between two activations",
     },

@@ -23,8 +23,6 @@ from morph.removal import LIMIT, Remover, check_cut, compare, promise
 from morph.resizing import resized, set_attributes
 from morph.zeroing import run_doubled
 
-# Couplings that no form of a network can carry: torch's attention asks that its width be heads times head width.
-LEFT = {"torchhead": {"inner.weight[0]", "mix.in_proj_weight[0]", "mix.in_proj_weight[0]#1"}}
 GRAPH = {"constants", "gated", "shuffle", "grouphead", "packed"}
 
 
@@ -40,7 +38,7 @@ def test_cuts_against_zeros_on_every_place(name):
     for names in [*([n] for n in analysis.couplings), list(analysis.couplings)]:
         wanted = some_units(analysis, 1, names)
         removed = remover.remove(wanted)
-        assert {item.coupling for item in removed.left} == LEFT.get(name, set()) & set(wanted)
+        assert not removed.left
         after = run(removed.model, inputs)
         assert gap(run(slow_zeroed(model, analysis, removed.choice), inputs), after) < 1e-12
         assert check_cut(removed, model, inputs, analysis).passed

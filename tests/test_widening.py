@@ -27,11 +27,13 @@ def same_bits(left: nn.Module, right: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("ratio", [1.4, 2, 3.5])
-@pytest.mark.parametrize("name", [n for n in NETS if n != "torchhead"])
+@pytest.mark.parametrize("name", NETS)
 def test_widening_keeps_the_function_and_can_be_replayed(name, ratio, tmp_path):
     model, inputs = make(name)
     if name == "windows" and ratio == 2:
         ratio = 1.9
+    if name == "torchhead":  # only its stream can be copied, and a norm runs over that
+        ratio = max(ratio, 2)
     snapshot = Snapshot(model)
     result = widen(model, inputs, ratio=ratio)
     assert snapshot.same()
