@@ -280,8 +280,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        written = not self.silent
+        kwargs, written = kwargs or {}, not self.silent
         before = each_tensor((args, kwargs), self._value) if written else ((), {})
         if self.recording.traced == "shapes":
             args, kwargs = one_device((args, kwargs))
@@ -329,9 +328,7 @@ class _Recorder(TorchDispatchMode):
 def _outputs(output: Any) -> list[Tensor]:
     """Every tensor of an output, also of classes that keep them as attributes."""
     found = tensors_of(output)
-    if not found and hasattr(output, "__dict__"):
-        found = tensors_of(list(vars(output).values()))
-    return found
+    return found or (tensors_of(list(vars(output).values())) if hasattr(output, "__dict__") else [])
 
 
 def _frame() -> tuple[str, int, str]:
