@@ -17,6 +17,7 @@ from morph.analysis.recording import named_tensors
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.plan import Resize, SetAttribute
+from morph.tracing import evaluation
 
 
 def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
@@ -143,7 +144,10 @@ def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Map
 
 def _tell(module: nn.Module) -> None:
     """Let a module of torch know the shape of its weight."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        with evaluation(module):  # reading a spectral norm's weight in training mode is a step of its iteration
+            weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         if isinstance(module, _NormBase) and module.running_mean is not None:
             module.num_features = len(module.running_mean)

@@ -100,7 +100,8 @@ def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict
             total += powers[place.tensor][place.axis][place.positions].sum(1)
         total = total / len(places) if places else np.ones(coupling.units)
         mean = total.mean()
-        scores[coupling.name] = torch.from_numpy(total / mean if mean > 0 else total)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused by name
+            scores[coupling.name] = torch.from_numpy(total / mean if mean > 0 else total)
     return scores
 
 
