@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from models import Snapshot
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -394,6 +396,24 @@ def test_only_what_is_cut_goes_free():
     removed, check = cut_of(model, {"own.in_proj_weight[0]": [0, 3]}, inputs)
     assert check.relative < 1e-12
     assert (type(removed.model.own), type(removed.model.cross)) == (FreeMultiheadAttention, nn.MultiheadAttention)
+
+
+def test_weights_that_are_computed_for_each_call_stay_whole():
+    model, inputs = example("encoder")
+    nn.utils.parametrizations.weight_norm(model.encoder.layers[0].self_attn.out_proj)
+    result = morph.prune(model, inputs, ratio=0.4, heads="both")
+    assert result.record.checks[0].passed
+    assert type(result.model.encoder.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_a_checkpoint_is_told_what_the_model_needs(tmp_path):
+    model, inputs = example("encoder")
+    result = morph.prune(model, inputs, ratio=0.4, heads="inside")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    edited = morph.edit_checkpoint(result.record.plan, tmp_path / "model.safetensors", tmp_path / "cut.safetensors")
+    assert re.search(r"self_attn: 2 heads of 6 -> 2 of \(\d, \d\), as FreeMultiheadAttention", str(edited))
+    tensors = load_file(tmp_path / "cut.safetensors")
+    assert all(torch.equal(t, tensors[name]) for name, t in result.model.state_dict().items())
 
 
 def test_a_wrong_divisor_is_noticed(monkeypatch):
