@@ -58,10 +58,12 @@ def grow_by_gain(
     highest gain for each parameter (with ``target_macs``: multiply-add) that it adds; what it adds is counted, not
     estimated. Both moves leave the function as it is, so one probe tells the scores of the grown model too.
 
-    Merging groups changes which units hang together. So the steps are first chosen on the model that came in, with
-    copies at the sizes that they have there; of these the merges are carried out, the model is analysed again, and
-    copies are chosen on it, one step after another, until the target is met. The last step copies no more units than
-    are needed. Only where copies do not make up the rest, more groups are merged, past the target if need be.
+    Merging groups changes which units hang together. So where copies come next and groups were merged since the model
+    was last analysed, it is analysed again, and copies are taken anew from there, in the same order: in the end no
+    merge is left that fits and gains more for what it adds than a copy that was taken. What a merge adds is counted at
+    the widths that the model came with, and the plan carries out merges before copies. The last step copies no more
+    units than are needed. Only where copies do not make up the rest, more groups are merged, past the target if need
+    be.
 
     Args:
         model: Not touched.
@@ -166,9 +168,8 @@ def _chosen(ledger: Ledger, scores: Mapping[str, float], copier: Copier, metric:
         TargetError: If it is out of reach.
     """
     model = copier.model
-    merges = choose_merges(ledger, scores, copier, metric, target)
+    merges, copier = choose_jointly(ledger, scores, copier, metric, target)
     while getattr(ledger, metric) < target:
-        copier = copier.on(apply_plan(model, Plan(ledger.edits(merges))), Sizes(ledger.params, ledger.macs))
         try:
             return _Growth(merges, copier, copier.reach(target))
         except TargetError:  # copies alone do not make up the rest
@@ -176,7 +177,13 @@ def _chosen(ledger: Ledger, scores: Mapping[str, float], copier: Copier, metric:
                 raise
             merges.append(max(offers, key=lambda step: _rate(step, ledger, metric)))
             ledger.take(merges[-1])
+        copier = _merged(copier, model, ledger, merges)
     return _Growth(merges, copier, None)
+
+
+def _merged(copier: Copier, model: nn.Module, ledger: Ledger, merges: Sequence[Step]) -> Copier:
+    """Copies on the model that merges lead to: nothing is copied yet."""
+    return copier.on(apply_plan(model, Plan(ledger.edits(merges))), Sizes(ledger.params, ledger.macs))
 
 
 def _copied(growth: _Growth, plan: Plan) -> dict[str, Any]:
@@ -190,25 +197,27 @@ def _copied(growth: _Growth, plan: Plan) -> dict[str, Any]:
     }
 
 
-def choose_merges(
+def choose_jointly(
     ledger: Ledger, scores: Mapping[str, float], copier: Copier, metric: Metric, target: int
-) -> list[Step]:
-    """Play merges against copies, the highest gain for what it adds first, until the target is met.
+) -> tuple[list[Step], Copier]:
+    """Take merges and copies in one order, the highest gain for what it adds first, until the target is met.
 
-    Merges that would lead past the target are passed over, as copies can meet it more closely.
+    Merges that would lead past the target are passed over, as copies can meet it more closely. Where copies come next
+    and groups were merged since the model was last analysed, it is analysed again, and copies are taken anew from
+    there: those that come before the last merge come again, on units as they are now.
 
     Args:
         ledger: The groups of the model that came in; advanced by what is chosen.
         scores: Of each cell.
-        copier: The copies on the model that came in; advanced likewise.
+        copier: The copies on the model that came in.
         metric: What the target counts.
         target: Size wanted.
 
     Returns:
-        The merges among the steps chosen.
+        The merges, and the copies on the model that they lead to.
     """
+    model, merges, analysed = copier.model, list[Step](), 0
     start = getattr(ledger, metric)
-    merges: list[Step] = []
     while (size := getattr(ledger, metric) - start + getattr(copier.sizes, metric)) < target:
         room = getattr(ledger, metric) + target - size
         fitting = [step for step in _offers(ledger, scores) if getattr(step, metric) <= room]
@@ -217,11 +226,14 @@ def choose_merges(
         if merge is not None and (copies is None or _rate(merge, ledger, metric) >= copies.rate):
             ledger.take(merge)
             merges.append(merge)
+        elif analysed < len(merges):
+            copier, analysed = _merged(copier, model, ledger, merges), len(merges)
+            start = getattr(ledger, metric)
         elif copies is not None:
             copier.take(copies)
         else:
             break
-    return merges
+    return merges, copier if analysed == len(merges) else _merged(copier, model, ledger, merges)
 
 
 def _offers(ledger: Ledger, scores: Mapping[str, float]) -> list[Step]:

@@ -127,6 +127,27 @@ def test_the_best_offer_is_the_best_of_all_asked_afresh():
     assert (sizes.params, sizes.macs) == (lazy.sizes.params, lazy.sizes.macs)
 
 
+@pytest.mark.parametrize("target", [14_000, 20_000, 30_000])
+def test_one_order_over_both_moves(target):
+    """Afterwards, asked afresh and slowly: no merge that is left and fits gains more than a copy that was taken."""
+    model = net(2, 6, 3)
+    record = grow(model, target_params=target).record
+    copies = [step for step in record.details["steps"] if step["move"] == "widen"]
+    done = {edit.module: edit.to for edit in record.plan.edits if isinstance(edit, Regroup)}
+    scores = {cell["name"]: cell["score"] for cell in record.details["cells"]}
+    for name, block in model.blocks.named_children():
+        groups = done.get(f"blocks.{name}.mix", block.mix.groups)
+        if groups == 1:
+            continue
+        added = block.mix.weight.numel() * block.mix.groups // groups
+        added *= next(f for f in range(2, groups + 1) if groups % f == 0) - 1
+        rate, size = scores[f"blocks.{name}"] / added, record.before["params"]
+        size += sum(step["added"] for step in record.details["steps"] if step["move"] == "regroup")
+        for step in copies[:-1]:
+            assert step["gain"] / step["added"] > rate or size + added > target, (name, step)
+            size += step["added"]
+
+
 def test_multiply_adds_are_counted_as_they_turn_out():
     result = grow(net(), target_macs=5_000_000)
     assert result.record.after["macs"] >= 5_000_000

@@ -27,7 +27,8 @@ def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | No
         None if the layer is not one of torch's own, or somebody has hooked into it.
     """
     maker = _MAKERS.get(type(module))
-    if maker is None or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+    touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if maker is None or touched or ("weight" not in module._parameters and type(module) in _WEIGHTED):
         return None
     return maker(module, own, write)
 
@@ -60,8 +61,8 @@ def _convolution(module: Any, own: Forward, write: Write) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         weight, bias, groups = parameters["weight"], parameters["bias"], module.groups
         form, kernel = x.shape, weight.shape
-        fits = _plain(x) and len(form) == len(kernel) and form[1] == kernel[1] * groups and not kernel[0] % groups
-        if not fits or not weight.is_contiguous():
+        plain = _plain(x) and weight.is_contiguous() and x.dtype == weight.dtype and len(form) == len(kernel)
+        if not plain or form[1] != kernel[1] * groups or kernel[0] % groups:
             return own(x)
         stride, padding, dilation = list(module.stride), list(module.padding), list(module.dilation)
         size = [
@@ -104,7 +105,7 @@ def _linear(module: Any, own: Forward, write: Write) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         weight = parameters["weight"]
-        if not _bare(x) or not x.dim() or x.shape[-1] != weight.shape[1]:
+        if not _bare(x) or not x.dim() or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
             return own(x)
         output = _new((*x.shape[:-1], weight.shape[0]), x)
         write(_aten.linear.default, (x, weight, parameters["bias"]), {}, output)
@@ -157,6 +158,7 @@ def _gelu(module: Any, own: Forward, write: Write) -> Forward:
     return forward
 
 
+_WEIGHTED = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear, nn.LayerNorm}
 _MAKERS: dict[type, Callable[[Any, Forward, Write], Forward | None]] = {
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def rerun(
     """Record a model that is our own, as far as it runs.
 
     Args:
-        model: A copy that may be written to; without data if ``traced`` is ``"shapes"``.
+        model: A copy that may be written to, and whose owner puts back what the run leaves in its modules; without
+            data if ``traced`` is ``"shapes"``.
         inputs: As for `record`.
         traced: Whether to run with shapes only.
         whole: Module classes that are recorded as one call.
@@ -129,6 +131,7 @@ def rerun(
     """
     form = without_data if traced == "shapes" else Tensor.detach
     recorder = _Recorder(model, traced, whole)
+    recorder.afterwards = nullcontext
     try:
         recorder.run(pytree.tree_map_only(Tensor, form, inputs))
     except Exception as error:
@@ -168,6 +171,7 @@ class _Recorder(TorchDispatchMode):
         self.storages: dict[int, Value] = {}
         self.runner: nn.Module = model
         self.needs_data = False
+        self.afterwards: Any = put_back
 
     def run(self, inputs: Inputs) -> Recording:
         """Record one call of the model."""
@@ -199,7 +203,7 @@ class _Recorder(TorchDispatchMode):
         """Call the model and give the values that come out."""
         hooks: list[Any] = []
         try:
-            with put_back(self.model), torch.no_grad(), plain_attention():
+            with self.afterwards(self.model), torch.no_grad(), plain_attention():
                 for path, module in named_modules(self.model):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
@@ -276,8 +280,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        written = not self.silent
+        kwargs, written = kwargs or {}, not self.silent
         before = each_tensor((args, kwargs), self._value) if written else ((), {})
         if self.recording.traced == "shapes":
             args, kwargs = one_device((args, kwargs))
@@ -325,9 +328,7 @@ class _Recorder(TorchDispatchMode):
 def _outputs(output: Any) -> list[Tensor]:
     """Every tensor of an output, also of classes that keep them as attributes."""
     found = tensors_of(output)
-    if not found and hasattr(output, "__dict__"):
-        found = tensors_of(list(vars(output).values()))
-    return found
+    return found or (tensors_of(list(vars(output).values())) if hasattr(output, "__dict__") else [])
 
 
 def _frame() -> tuple[str, int, str]:
