@@ -131,9 +131,9 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         if padding is not None and not batched:
             padding = padding.unsqueeze(0)
         length, batch, _ = query.shape
+        q, k, v = self._project(query, key, value)
         if mask is not None:
             mask = None if causal else self._three_axes(mask, batch, length, key.shape[0])
-        q, k, v = self._project(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.repeat(1, batch, 1)])
             v = torch.cat([v, self.bias_v.repeat(1, batch, 1)])

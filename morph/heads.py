@@ -23,7 +23,8 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
     """What attention needs for new sizes, found from the sizes alone.
 
     A module stays what it is where heads times head size is still its width and the head size has not changed; any
-    other goes free. One whose heads would differ in size is passed over: no class can carry that.
+    other goes free. Passed over is what no class can carry: heads that differ in size, or weights that are computed
+    anew for each call (parametrized ones).
 
     Args:
         model: The model before; not touched.
@@ -42,6 +43,9 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
 
     for path, module in modules:
         assert isinstance(module, nn.MultiheadAttention)
+        weights = _weights(module)
+        if not all(id(w) in names for w in weights):
+            continue
         if any(names[id(tensor)] in resized for tensor in module.parameters()):
             found += _edits_of(path, module, kept)
     return found
@@ -92,15 +96,13 @@ def _edits_of(path: str, module: nn.MultiheadAttention, kept: _Kept) -> list[Siz
     q, k, v = _rows(module, kept)
     forms = [_grid(q, size), _grid(k, size), _grid(v, value_size)]
     counts = {form[0] for form in forms}
-    if len(counts) > 1 or 0 in counts or forms[0] != forms[1]:
-        return []
     (to, new_size), (_, new_value_size) = forms[0], forms[2]
-    if module.in_proj_weight is not None:
-        widths = [len(kept(module.in_proj_weight, 1))] * 3
-    else:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        widths = [len(kept(weight, 1)) for weight in weights if weight is not None]
-    tied = widths[0] == to * size == len(kept(module.out_proj.weight, 0))
+    *projections, out = _weights(module)
+    mixed = len(kept(out, 1))
+    if len(counts) > 1 or 0 in counts or forms[0] != forms[1] or mixed != to * new_value_size:
+        return []
+    widths = [len(kept(weight, 1)) for weight in projections] * (3 // len(projections))
+    tied = widths[0] == to * size == len(kept(out, 0))
     if isinstance(module, FreeMultiheadAttention) or not tied or (new_size, new_value_size) != (size, size):
         return [FreeAttention(path, heads, size, to, (new_size, new_value_size))]
     new = {"embed_dim": widths[0], "num_heads": to, "kdim": widths[1], "vdim": widths[2]}
@@ -108,11 +110,16 @@ def _edits_of(path: str, module: nn.MultiheadAttention, kept: _Kept) -> list[Siz
     return [SetAttribute(path, name, old[name], new[name]) for name in new if old[name] != new[name]]
 
 
+def _weights(module: nn.MultiheadAttention) -> list[Tensor]:
+    """The weights of the projections, one for all or three, and that of the output."""
+    projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    return [weight for weight in (*projections, module.out_proj.weight) if weight is not None]
+
+
 def _rows(module: nn.MultiheadAttention, kept: _Kept) -> tuple[_Index, _Index, _Index]:
     """For queries, keys and values, where each position afterwards comes from among their own."""
     if module.in_proj_weight is None:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        q, k, v = (kept(weight, 0) for weight in weights if weight is not None)
+        q, k, v = (kept(weight, 0) for weight in _weights(module)[:3])
         return q, k, v
     index, wide = kept(module.in_proj_weight, 0), module.num_heads * module.head_dim
     return index[index < wide], index[(index >= wide) & (index < 2 * wide)] - wide, index[index >= 2 * wide] - 2 * wide
