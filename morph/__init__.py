@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from morph.analysis import Analysis as Analysis
     from morph.analysis import analyse as analyse
     from morph.analysis.user_rules import rule as rule
+    from morph.apg import APG as APG
+    from morph.attaching import attach_gates as attach_gates
     from morph.checkpoints import edit_checkpoint as edit_checkpoint
     from morph.counts import count as count
     from morph.couplings import Coupling as Coupling
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyse": "morph.analysis",
     "Analysis": "morph.analysis",
+    "APG": "morph.apg",
+    "attach_gates": "morph.attaching",
     "prune": "morph.pruning",
     "widen": "morph.widening",
     "deepen": "morph.deepening",

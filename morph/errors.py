@@ -57,6 +57,10 @@ class EditError(MorphError):
     """An edit cannot be applied exactly; the text says to what and why."""
 
 
+class GateError(MorphError):
+    """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
+
+
 class PlanMismatchError(MorphError):
     """A saved plan was made for another model."""
 
