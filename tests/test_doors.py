@@ -71,6 +71,7 @@ ORDER = [
     "substitution",
     "apg",
     "attaching",
+    "search_losses",
     "report",
     "picture",
     "block_graph",
