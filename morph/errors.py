@@ -61,6 +61,12 @@ class GateError(MorphError):
     """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
 
 
+class SearchError(MorphError):
+    """A search for a student had to stop; the text says where its last good state is."""
+
+    exit_code = 1
+
+
 class PlanMismatchError(MorphError):
     """A saved plan was made for another model."""
 

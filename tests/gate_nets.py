@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from morph.analysis import Sizes
+
 
 class TinyGate(nn.Module):
     """Multiplies channels by its weight."""
@@ -46,3 +48,33 @@ def samples(n: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
 def alphas(net: GatedNet, seed: int = 3) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return {name: 0.1 + 0.9 * torch.rand(len(gate.weight), generator=draw) for name, gate in net.gates().items()}
+
+
+class PlainNet(nn.Module):
+    """The teacher of a `GatedNet`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        net = GatedNet(seed)
+        self.first, self.last = net.first, net.last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+class CountedNet:
+    """What the search needs of a gated model, counted by hand."""
+
+    def __init__(self, net: GatedNet) -> None:
+        self.model = net
+        self.total = 16
+
+    def sizes(self, closed):
+        a, b = (int((~closed[name]).sum()) for name in ("gate", "middle"))
+        return Sizes(params=a * b + b + 3 * b + 3, macs=a * b + 3 * b)
+
+    def weights(self, metric: str = "macs"):
+        return alphas(self.model)
+
+    def remove(self, closed=None):
+        raise NotImplementedError
