@@ -97,6 +97,22 @@ def reinitialise(model: nn.Module, seed: int) -> None:
     The global random state stays as it was.
 
     Raises:
+        EditError: As `check_reinitialise`.
+    """
+    check_reinitialise(model)
+    owned = [module for module in model.modules() if module._parameters or module._buffers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in owned:
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+
+def check_reinitialise(model: nn.Module) -> None:
+    """See that every weight of ``model`` can be drawn afresh.
+
+    Raises:
         EditError: If a parameter belongs to a module that cannot do that; names it.
     """
     owned = [(path, m) for path, m in model.named_modules() if m._parameters or m._buffers]
@@ -106,11 +122,6 @@ def reinitialise(model: nn.Module, seed: int) -> None:
             f"{len(unable)} modules have parameters but no reset_parameters, so they cannot be drawn afresh: "
             f"{', '.join(unable[:3])}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _, module in owned:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
 
 
 def _check_fit(model: nn.Module, edits: list[Regroup]) -> None:

@@ -67,6 +67,10 @@ class SearchError(MorphError):
     exit_code = 1
 
 
+class SearchStateError(MorphError):
+    """The saved state of a search cannot be read, or is of another search."""
+
+
 class PlanMismatchError(MorphError):
     """A saved plan was made for another model."""
 

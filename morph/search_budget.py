@@ -71,10 +71,13 @@ class Meter:
 
     def __init__(self, gated: Gated, flat: Flat, metric: Metric, norms: Callable[[Closed], int] | None = None) -> None:
         self.gated, self.flat, self.metric, self.norms = gated, flat, metric, norms
+        self._last: tuple[Tensor, Sizes] | None = None  # for long nothing closes
 
     def sizes(self, closed: Tensor) -> Sizes:
         """Parameters and multiply-adds where these, bool ``[total]``, are closed."""
-        return self.gated.sizes(self.flat.split(closed))
+        if self._last is None or not torch.equal(self._last[0], closed):
+            self._last = closed.clone(), self.gated.sizes(self.flat.split(closed))
+        return self._last[1]
 
     def size(self, closed: Tensor) -> int:
         """The size in the unit of the budget."""

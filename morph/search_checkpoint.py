@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from morph.atomic import atomic_path
-from morph.errors import SearchError
+from morph.errors import SearchStateError
 
 SCHEMA = 1
 
@@ -65,19 +65,19 @@ def load(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Read a state; no code of the file is run.
 
     Raises:
-        SearchError: If it cannot be read, or belongs to another search; says in what that differs.
+        SearchStateError: If it cannot be read, or belongs to another search; says in what that differs.
     """
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever the reader raises
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise SearchError(f"{path}: not a checkpoint of a search: {text[0]}; remove it to begin anew") from error
+        raise SearchStateError(f"{path}: not a checkpoint of a search: {text[0]}; remove it to begin anew") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise SearchError(f"{path}: not a checkpoint of a search that this version reads; remove it to begin anew")
+        raise SearchStateError(f"{path}: not a checkpoint of a search that this version reads; remove it to begin anew")
     found = state["identity"]
     for key in sorted({*found, *identity}):
         if found.get(key) != identity.get(key):
-            raise SearchError(
+            raise SearchStateError(
                 f"{path}: belongs to another search: {key} is {found.get(key)!r} there and {identity.get(key)!r} here; "
                 "give the same options, another checkpoint, or remove it"
             )

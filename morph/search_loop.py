@@ -8,93 +8,27 @@ from __future__ import annotations
 import collections
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 
-from morph.apg import APG
 from morph.attaching import attach_gates
 from morph.batches import Batch, Data, one_round, round_length
 from morph.errors import DataError, SearchError
 from morph.search_budget import Meter, also, close_in_order
 from morph.search_checkpoint import load, random_states, save, set_random_states
 from morph.search_losses import kl_divergence
-from morph.search_options import SearchLoss, SearchOptions
+from morph.search_options import GATE_MOMENTUM, SearchLoss, SearchOptions
+from morph.search_progress import Found, Keep, Progress
 from morph.search_schedule import distances, learning_rate, needed_lambda2, order_of_closing
 
 _ROUND = 1_000_003  # between the seeds of two rounds
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a search stands.
-
-    Attributes:
-        step: Steps done.
-        steps: After how many it ends at the latest.
-        loss: Of the last batch.
-        kl: Divergence from the teacher on the last batch, at the temperature of the options; None if not computed.
-        gates_open: Gates whose sparse iterate is not zero.
-        gates_total: All gates.
-        params: Of the network that would come out.
-        macs: Likewise, of one sample.
-        lambda2: Strength of the penalty.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    kl: float | None
-    gates_open: int
-    gates_total: int
-    params: int
-    macs: int
-    lambda2: float
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Where and how often the state of a search is written.
-
-    Attributes:
-        path: The file.
-        every: Steps between two writings; None for once in each round through the data.
-        identity: What a search that goes on from it must share with this one.
-    """
-
-    path: Path
-    every: int | None
-    identity: Mapping[str, Any]
-
-
-@dataclass
-class Found:
-    """What a search found, or has found so far.
-
-    Attributes:
-        step: Steps done.
-        closed: Gates that are closed at the end, bool ``[total]``.
-        values: Gates at the end, ``[total]``; zero where they are closed.
-        reopened: Gates that closed together with others in the last steps, and were not needed for the budget.
-        forced: Gates that were closed at the end of the time, the nearest to zero first.
-        history: One row for each time that sizes were counted.
-        lambda2: ``[step, value]`` each time that it changed.
-    """
-
-    step: int = 0
-    closed: Tensor | None = None
-    values: Tensor | None = None
-    reopened: int = 0
-    forced: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    lambda2: list[list[float]] = field(default_factory=list)
 
 
 class Search:
@@ -138,9 +72,9 @@ class Search:
         numbers = {id(gate.weight) for gate in gates.values()}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in numbers]
         base = torch.optim.SGD(weights, options.lr, options.momentum, weight_decay=options.weight_decay)
-        self.apg: APG = attach_gates(
-            base, gates, lr=options.gate_lr, lambda2=options.lambda2, weights=alpha, clamp=options.clamp
-        )
+        self.rate = options.gate_rate(self.steps)
+        numbers_of_gates = {"lr": self.rate, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
+        self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)
         self.base, self.optimizer = base, cast(_FabricOptimizer, fabric.setup_optimizers(base))
         self.before = self.sparse()  # the sparse iterate when sizes were counted last
         self.next_look = 0  # the step from which on the penalty is looked at again
@@ -258,9 +192,8 @@ class Search:
         """Raise the penalty where the budget would not be met in time."""
         rest = self.steps - self.found.step
         self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
-        lr, momentum = self.options.gate_lr, self.apg.param_groups[0]["momentum"]
         far = distances(sparse, self.alpha)
-        needed = needed_lambda2(self.meter, closed, far, self.target, lr=lr, momentum=momentum, steps=rest)
+        needed = needed_lambda2(self.meter, closed, far, self.target, lr=self.rate, momentum=GATE_MOMENTUM, steps=rest)
         value = max(self.options.lambda2, needed)
         if not math.isclose(value, self.lambda2, rel_tol=1e-3):
             for group in self.apg.param_groups:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from morph.apg import APG
-from morph.errors import DataError, SearchError, TargetError
+from morph.errors import DataError, SearchError, SearchStateError, TargetError
 from morph.search_budget import Flat, Meter, check_budget, close_in_order
-from morph.search_loop import Keep, Search
+from morph.search_loop import Search
 from morph.search_options import SearchOptions
+from morph.search_progress import Keep
 from morph.search_schedule import distances, learning_rate, needed_lambda2, order_of_closing
 
 X, Y = samples(48)
@@ -213,7 +214,7 @@ def test_checkpoints_that_are_none(tmp_path, content, text):
             search(keep=Keep(path, None, {"of": "that"})).run(should_stop=lambda: next(calls) == 2)
     else:
         path.write_bytes(content)
-    with pytest.raises(SearchError, match=text):
+    with pytest.raises(SearchStateError, match=text):
         search(keep=Keep(path, None, {"of": "this"})).resume()
 
 
@@ -235,6 +236,13 @@ def test_as_few_gates_are_closed_in_order_as_will_do():
         slow = next(n for n in range(17) if meter.size(nothing.clone().index_fill_(0, order[:n], True)) <= target)
         assert number == slow
     assert close_in_order(meter, nothing, order[:2], 1) is None
+
+
+def test_a_short_search_has_larger_steps_of_the_gates():
+    assert SearchOptions().gate_rate(300 * 391) == 0.01
+    assert SearchOptions().gate_rate(5000) == pytest.approx(0.04)
+    assert SearchOptions().gate_rate(10) == SearchOptions(lambda2=0.0).gate_rate(10**6) == 0.1
+    assert SearchOptions(gate_lr=0.5).gate_rate(10) == 0.5
 
 
 def test_distances_and_rates():
