@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from morph.augmentation import Augmented
 from morph.errors import DataError, TargetError
 from morph.images import LabelledImages
 from morph.policies import Metric
@@ -117,7 +118,7 @@ def shuffle_batches(inputs: Tensor, targets: Tensor, batch_size: int, seed: int)
 
 def describe_data(data: Data) -> Mapping[str, object]:
     """What a record says of the data; plain values."""
-    if isinstance(data, LabelledImages):
+    if isinstance(data, LabelledImages | Augmented):
         return data.describe()
     return {"source": type(data).__name__}
 

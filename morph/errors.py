@@ -71,6 +71,10 @@ class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
 
 
+class DeviceError(MorphError):
+    """There is no such device, or it cannot compute in this precision."""
+
+
 class PlanMismatchError(MorphError):
     """A saved plan was made for another model."""
 

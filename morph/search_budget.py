@@ -11,36 +11,21 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from morph.analysis import Sizes
 from morph.errors import TargetError
 from morph.policies import Metric
-from morph.surgery import Result
 
 Counting = Literal["contractions", "paper"]
 Closed = Mapping[str, Tensor]
 
 
-class Gated(Protocol):
-    """What the search needs of a gated model; see `morph.gating.Gated`."""
-
-    @property
-    def model(self) -> nn.Module:
-        """With gates in it."""
-
-    @property
-    def total(self) -> int:
-        """Number of gates."""
+class Sized(Protocol):
+    """What a meter needs of a gated model; see `morph.gating.Gated`."""
 
     def sizes(self, closed: Closed) -> Sizes:
         """Parameters and multiply-adds of one sample of what would come out."""
-
-    def weights(self, metric: str) -> Mapping[str, Tensor]:
-        """What closing each gate alone saves, over the largest."""
-
-    def remove(self, closed: Closed | None = None) -> Result:
-        """A plain model without closed gates."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Meter:
             out; these are added to the multiply-adds. None otherwise.
     """
 
-    def __init__(self, gated: Gated, flat: Flat, metric: Metric, norms: Callable[[Closed], int] | None = None) -> None:
+    def __init__(self, gated: Sized, flat: Flat, metric: Metric, norms: Callable[[Closed], int] | None = None) -> None:
         self.gated, self.flat, self.metric, self.norms = gated, flat, metric, norms
         self._last: tuple[Tensor, Sizes] | None = None  # for long nothing closes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from morph.augmentation import Augmented
 from morph.batches import Data, one_round
 from morph.errors import DataError
 from morph.images import LabelledImages
@@ -35,6 +36,8 @@ def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> 
 
 def _check_classes(data: Data, labels: Tensor, classes: int) -> None:
     """The labels must be the teacher's classes: all of them where they are known, else those of the first batch."""
+    if isinstance(data, Augmented):
+        data = data.images
     if isinstance(data, LabelledImages):
         labels = data.labels
         if data.classes is not None and len(data.classes) != classes:

@@ -54,7 +54,9 @@ def search_figure(drops: Rows, history: Rows, *, title: str) -> Figure:
     for i, (name, ratios) in enumerate(blocks.items()):
         image = _draw_map(figure.add_subplot(grid[0, i]), name, ratios)
         if i == len(blocks) - 1:
-            bar = figure.colorbar(image, ax=list(figure.axes), pad=0.01, format=PercentFormatter(1.0, decimals=0), shrink=0.6)
+            bar = figure.colorbar(
+                image, ax=list(figure.axes), pad=0.01, format=PercentFormatter(1.0, decimals=0), shrink=0.6
+            )
             bar.ax.tick_params(labelsize=7)
             bar.set_label("dropped", fontsize=8)
     _draw_layers(figure.add_subplot(grid[bool(blocks), :]), drops)

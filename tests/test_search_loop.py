@@ -27,7 +27,7 @@ FAST = SearchOptions(lambda2=0.3, gate_lr=0.05, lr=0.05, batch_size=10, epochs=4
 
 def search(options=FAST, data=(X, Y), target=50, keep=None, loss=None, seed=0):
     net = GatedNet(seed)
-    meter = Meter(CountedNet(net), FLAT, "macs")
+    meter = Meter(CountedNet(), FLAT, "macs")
     fabric = Fabric(accelerator="cpu", devices=1)
     return Search(
         net,
@@ -96,7 +96,7 @@ def test_without_need_the_penalty_stays():
 def test_the_needed_penalty_closes_what_it_must_in_time():
     """Without a loss, gates driven by it meet the target in exactly that many steps, and not ten earlier."""
     net = GatedNet()
-    meter = Meter(CountedNet(net), FLAT, "macs")
+    meter = Meter(CountedNet(), FLAT, "macs")
     alpha = FLAT.join(alphas(net))
     far = distances(torch.ones(16), alpha)
     value = needed_lambda2(meter, torch.zeros(16, dtype=torch.bool), far, 40, lr=0.01, momentum=0.9, steps=500)
@@ -219,16 +219,16 @@ def test_checkpoints_that_are_none(tmp_path, content, text):
 
 
 def test_budgets_that_are_met_or_out_of_reach():
-    meter = Meter(CountedNet(GatedNet()), FLAT, "macs")
+    meter = Meter(CountedNet(), FLAT, "macs")
     assert check_budget(meter, 87, "multiply-adds") == 88
     with pytest.raises(TargetError, match="the teacher has 88 multiply-adds, within the target of 88"):
         check_budget(meter, 88, "multiply-adds")
     with pytest.raises(TargetError, match=r"2 parameters are out of reach.*still has 3"):
-        check_budget(Meter(CountedNet(GatedNet()), FLAT, "params"), 2, "parameters")
+        check_budget(Meter(CountedNet(), FLAT, "params"), 2, "parameters")
 
 
 def test_as_few_gates_are_closed_in_order_as_will_do():
-    meter = Meter(CountedNet(GatedNet()), FLAT, "macs")
+    meter = Meter(CountedNet(), FLAT, "macs")
     nothing = torch.zeros(16, dtype=torch.bool)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     for target in range(0, 89, 7):
