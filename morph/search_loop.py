@@ -144,6 +144,7 @@ class Search:
             group["lr"] = learning_rate(self.options.lr, self.found.step, self.steps)
         self.optimizer.zero_grad()
         logits = self.model(x)
+        wanted = None if wanted is None else wanted.to(logits.dtype)  # the teacher's are coarse in mixed precision
         loss = self.loss(logits, cast(Tensor, wanted), y).mean()  # a loss that needs no teacher does not look
         self.fabric.backward(loss)
         self.optimizer.step()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from morph.apg import APG
-from morph.errors import DataError, SearchError, SearchStateError, TargetError
+from morph.errors import DataError, GateError, SearchError, SearchStateError, TargetError
 from morph.search_budget import Flat, Meter, check_budget, close_in_order
 from morph.search_loop import Search
 from morph.search_options import SearchOptions
@@ -25,10 +25,10 @@ FLAT = Flat({"gate": 5, "middle": 11})
 FAST = SearchOptions(lambda2=0.3, gate_lr=0.05, lr=0.05, batch_size=10, epochs=40, count_every=3)
 
 
-def search(options=FAST, data=(X, Y), target=50, keep=None, loss=None, seed=0):
+def search(options=FAST, data=(X, Y), target=50, keep=None, loss=None, seed=0, precision="32-true"):
     net = GatedNet(seed)
     meter = Meter(CountedNet(), FLAT, "macs")
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     return Search(
         net,
         PlainNet(seed),
@@ -62,6 +62,15 @@ def test_it_stops_at_the_budget_and_not_far_below(mode):
     assert (told[0].kl is None) == mode.startswith("np")
     assert (found.values == 0).eq(found.closed).all()
     assert [row["step"] for row in found.history] == [p.step for p in told]
+
+
+def test_mixed_precision_leaves_the_gates_fine():
+    run = search(precision="bf16-mixed")
+    found = run.run()
+    assert run.meter.size(found.closed) <= 50
+    assert all(gate.dtype == torch.float32 for gate in run.apg.named().values())
+    with pytest.raises(GateError, match="too coarse"):
+        search(precision="bf16-true")
 
 
 def test_gates_that_close_together_are_not_all_closed():
