@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
@@ -23,6 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 _MAP = "Purples"
 _GATES, _MACS = "#5b3c88", "#2b7a3f"
+_WIDTH, _HEIGHT, _MAP_HEIGHT = 10.5, 1.9, 2.7  # inches
 _MOST = 60  # layers whose names can be read below their bars
 
 
@@ -44,24 +44,35 @@ def search_picture(drops: Rows, history: Rows, path: Path, *, title: str, force:
 
 
 def search_figure(drops: Rows, history: Rows, *, title: str) -> Figure:
-    """The figure of `search_picture`, on a canvas of its own."""
+    """The figure of `search_picture`, on a canvas of its own.
+
+    Everything has its place in inches: a layout that is solved for differs in its last bits from run to run.
+    """
     blocks = drop_maps(drops)
-    heights = [2.6] * bool(blocks) + [1.8] + [1.8] * bool(history)
-    figure = Figure(figsize=(10.5, 0.7 + 1.25 * sum(heights)), layout="constrained")
+    names = max(len(row["layer"]) for row in drops) if len({row["layer"] for row in drops}) <= _MOST else 3
+    below = 0.25 + 0.045 * names
+    bars = 0.8 + _MAP_HEIGHT * bool(blocks) + 0.6 * bool(blocks)
+    course = bars + _HEIGHT + below + 0.4
+    height = course + _HEIGHT + 0.5 if history else course
+    figure = Figure(figsize=(_WIDTH, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
-    grid = GridSpec(len(heights), max(1, len(blocks)), figure, height_ratios=heights)
+    figure.suptitle(title, fontsize=11, parse_math=False, y=1 - 0.2 / height)
+
+    def place(left: float, top: float, width: float, tall: float) -> Axes:
+        return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
+
+    inside = _WIDTH - 1.6
+    share = inside / max(1, len(blocks))
     for i, (name, ratios) in enumerate(blocks.items()):
-        image = _draw_map(figure.add_subplot(grid[0, i]), name, ratios)
+        image = _draw_map(place(0.7 + i * share, 0.8, share - 0.5, _MAP_HEIGHT), name, ratios, first=i == 0)
         if i == len(blocks) - 1:
-            bar = figure.colorbar(
-                image, ax=list(figure.axes), pad=0.01, format=PercentFormatter(1.0, decimals=0), shrink=0.6
-            )
+            percent = PercentFormatter(1.0, decimals=0)
+            bar = figure.colorbar(image, cax=place(0.45 + inside, 0.8, 0.12, _MAP_HEIGHT), format=percent)
             bar.ax.tick_params(labelsize=7)
             bar.set_label("dropped", fontsize=8)
-    _draw_layers(figure.add_subplot(grid[bool(blocks), :]), drops)
+    _draw_layers(place(0.7, bars, inside, _HEIGHT), drops)
     if history:
-        _draw_course(figure.add_subplot(grid[-1, :]), history)
+        _draw_course(place(0.7, course, inside, _HEIGHT), history)
     return figure
 
 
@@ -92,13 +103,14 @@ def drop_maps(drops: Rows) -> dict[str, np.ndarray]:
     return found
 
 
-def _draw_map(axes: Axes, name: str, ratios: np.ndarray) -> AxesImage:
+def _draw_map(axes: Axes, name: str, ratios: np.ndarray, *, first: bool) -> AxesImage:
     """One block: a column for each layer, a row for each source; the first is what comes into the block."""
     axes.set_title(name, fontsize=9, parse_math=False)
     axes.set_facecolor("#eeeeee")
     image = axes.imshow(ratios, cmap=_MAP, vmin=0, vmax=1, origin="lower", interpolation="nearest", aspect="auto")
     axes.set_xlabel("layer", fontsize=8)
-    axes.set_ylabel("reads from (0: what comes in)", fontsize=8)
+    if first:
+        axes.set_ylabel("reads from (0: what comes in)", fontsize=8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.tick_params(labelsize=7)

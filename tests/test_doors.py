@@ -87,6 +87,7 @@ ORDER = [
     "report",
     "picture",
     "search_picture",
+    "student_picture",
     "block_graph",
     "dot",
     "drawing",

@@ -7,6 +7,7 @@ import pytest
 
 from morph.errors import PictureError
 from morph.search_picture import drop_maps, search_figure, search_picture
+from morph.student_picture import StudentRow, students_figure, students_picture
 
 
 def dense(blocks=2, layers=4):
@@ -68,3 +69,18 @@ def test_the_same_rows_give_the_same_file(tmp_path, suffix):
 def test_refusals(tmp_path):
     with pytest.raises(PictureError, match="no gates"):
         search_picture([], [], tmp_path / "a.svg", title="")
+
+
+def test_students_stand_at_their_sizes_and_errors(tmp_path):
+    rows = [
+        StudentRow("ours", 700_000, 90_000_000, 5.5, 4.7),
+        StudentRow("DenseNet(50,12)", 218_470, 88_488_954, 6.5, None),
+    ]
+    figure = students_figure(rows, title="students")
+    for axes, sizes in zip(figure.axes, ([r.params for r in rows], [r.macs for r in rows]), strict=True):
+        marks = {(line.get_xdata()[0], line.get_ydata()[0], line.get_marker()) for line in axes.get_lines()}
+        wanted = {(sizes[0], 5.5, "o"), (sizes[0], 4.7, "x"), (sizes[1], 6.5, "o")}
+        assert wanted == {mark for mark in marks if mark[2] != "None"}
+    students_picture(rows, tmp_path / "students.svg", title="students")
+    with pytest.raises(PictureError, match="no students"):
+        students_picture([], tmp_path / "none.svg", title="")
