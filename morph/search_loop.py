@@ -72,8 +72,7 @@ class Search:
         numbers = {id(gate.weight) for gate in gates.values()}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in numbers]
         base = torch.optim.SGD(weights, options.lr, options.momentum, weight_decay=options.weight_decay)
-        self.rate = options.gate_rate(self.steps)
-        numbers_of_gates = {"lr": self.rate, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
+        numbers_of_gates = {"lr": options.gate_lr, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
         self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)
         self.base, self.optimizer = base, cast(_FabricOptimizer, fabric.setup_optimizers(base))
         self.before = self.sparse()  # the sparse iterate when sizes were counted last
@@ -194,7 +193,9 @@ class Search:
         rest = self.steps - self.found.step
         self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
         far = distances(sparse, self.alpha)
-        needed = needed_lambda2(self.meter, closed, far, self.target, lr=self.rate, momentum=GATE_MOMENTUM, steps=rest)
+        needed = needed_lambda2(
+            self.meter, closed, far, self.target, lr=self.options.gate_lr, momentum=GATE_MOMENTUM, steps=rest
+        )
         value = max(self.options.lambda2, needed)
         if not math.isclose(value, self.lambda2, rel_tol=1e-3):
             for group in self.apg.param_groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -17,7 +16,6 @@ Weighting = Literal["macs", "params", "memory", "latency"]
 
 
 GATE_MOMENTUM = 0.9
-_PAPER_RATE, _MOST_RATE = 0.01, 0.1
 
 
 class SearchLoss(Protocol):
@@ -51,9 +49,7 @@ class SearchOptions:
         tau: Temperature of the divergence.
         kl0: Where the divergence is driven to; see `morph.search_losses.DistillationLoss`.
         lambda2: Strength of the penalty; raised on the way where the budget would not be met within ``epochs``.
-        gate_lr: Step size of the gates, constant. None takes the paper's 0.01, or as much more, up to 0.1, as makes a
-            gate that nothing holds arrive at zero in half of the time: in a short search the penalty need then not be
-            so strong that it drowns the loss.
+        gate_lr: Step size of the gates, constant.
         clamp: Keep gates from falling below zero.
         lr: Learning rate of the weights at first; a tenth from the middle on, a hundredth from 85 % on.
         momentum: Of the weights.
@@ -75,7 +71,7 @@ class SearchOptions:
     tau: float = 4.0
     kl0: float = 0.0
     lambda2: float = 1e-3
-    gate_lr: float | None = None
+    gate_lr: float = 0.01
     clamp: bool = False
     lr: float = 0.1
     momentum: float = 0.9
@@ -95,7 +91,7 @@ class SearchOptions:
             if getattr(self, name) < 1:
                 raise TargetError(f"{name} of {getattr(self, name)}; give at least 1")
         for name in ("gate_lr", "lr"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < float("inf"):
                 raise TargetError(f"{name} of {getattr(self, name)}; give a number above 0")
         for name in ("lambda2", "momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < (1 if name == "momentum" else float("inf")):
@@ -106,13 +102,6 @@ class SearchOptions:
     def weighted(self) -> bool:
         """Whether gates are weighted by what closing them saves."""
         return self.mode.endswith("-weighted")
-
-    def gate_rate(self, steps: int) -> float:
-        """The step size of the gates in a search of so many steps; see ``gate_lr``."""
-        if self.gate_lr is not None:
-            return self.gate_lr
-        enough = (1 - GATE_MOMENTUM) / (self.lambda2 * steps / 2) if self.lambda2 else math.inf
-        return min(max(_PAPER_RATE, enough), _MOST_RATE)
 
     def make_loss(self, own: UserLoss | None = None) -> SearchLoss:
         """The loss of the mode, or the user's own."""

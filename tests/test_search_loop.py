@@ -247,13 +247,6 @@ def test_as_few_gates_are_closed_in_order_as_will_do():
     assert close_in_order(meter, nothing, order[:2], 1) is None
 
 
-def test_a_short_search_has_larger_steps_of_the_gates():
-    assert SearchOptions().gate_rate(300 * 391) == 0.01
-    assert SearchOptions().gate_rate(5000) == pytest.approx(0.04)
-    assert SearchOptions().gate_rate(10) == SearchOptions(lambda2=0.0).gate_rate(10**6) == 0.1
-    assert SearchOptions(gate_lr=0.5).gate_rate(10) == 0.5
-
-
 def test_distances_and_rates():
     far = distances(torch.tensor([1.0, -0.5, 0.0, 1.0]), torch.tensor([0.5, 1.0, 1.0, 0.0]))
     assert far.tolist() == [2.0, 0.5, 0.0, float("inf")]
