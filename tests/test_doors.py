@@ -27,6 +27,7 @@ ORDER = [
     "blocks",
     "passes",
     "couplings",
+    "graph_edits",
     "plan",
     "scores",
     "twins",
@@ -41,6 +42,7 @@ ORDER = [
     "configurations",
     "analysis",
     "graphs",
+    "rerouting",
     "resizing",
     "tensor_edits",
     "lineages",
@@ -62,6 +64,12 @@ ORDER = [
     "surgery",
     "states",
     "pruning",
+    "readers",
+    "gate_sites",
+    "liveness",
+    "gate_weights",
+    "gate_removal",
+    "gating",
     "widening",
     "deepening",
     "depth_scaling",
@@ -116,7 +124,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("[] ['Analysis', 'Coupling', 'Plan', 'Record', 'Result', 'analyse'")
+    assert out.startswith("[] ['Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'")
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():
