@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from morph.expansion import expand as expand
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
+    from morph.gating import Gated as Gated
+    from morph.gating import gate as gate
+    from morph.passes.gates import Gate as Gate
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
     from morph.plan import load_plan as load_plan
@@ -55,6 +58,9 @@ _HOMES = {
     "count": "morph.counts",
     "draw": "morph.drawing",
     "expand": "morph.expansion",
+    "Gate": "morph.passes.gates",
+    "Gated": "morph.gating",
+    "gate": "morph.gating",
     "open_model": "morph.files",
     "save_model": "morph.files",
     "Plan": "morph.plan",

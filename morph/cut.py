@@ -21,6 +21,7 @@ from morph.plan import (
     Plan,
     Regroup,
     Reinitialise,
+    Reroute,
     Resize,
     SetAttribute,
     SetConstant,
@@ -28,6 +29,7 @@ from morph.plan import (
     Substitute,
     UseGraph,
 )
+from morph.rerouting import reroute
 from morph.resizing import resized, set_attributes
 
 
@@ -76,6 +78,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
         set_attributes(grown, edits)
     elif kind in (SetConstant, SplitAt):
         set_constants(grown, edits)
+    elif kind is Reroute:
+        reroute(grown, edits)
     for edit in edits:
         if isinstance(edit, Regroup):
             conv = grown.get_submodule(edit.module)

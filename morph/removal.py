@@ -141,25 +141,30 @@ def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Anal
     """
     recording = analysis.recording
     if recording.settled < recording.evaluated:
-        return compare("parameters set to zero", run_silenced(removed, model, inputs), removed.model, inputs, limit)
+        return compare(
+            "parameters set to zero", run_silenced(removed.plan, model, inputs), removed.model, inputs, limit
+        )
     wanted = run_zeroed(analysis.state, model, inputs, removed.times)
     return compare("zeroing reference", wanted, removed.model, inputs, limit)
 
 
-def run_silenced(removed: Removed, model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Run the model before in float64 with every parameter zero where it was cut.
+def run_silenced(plan: Plan, model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Run the model before in float64 with every parameter zero where it was cut, and scaled where the plan says so.
 
     For units over which no statistic runs this is the zeroing reference, whatever the code does with values.
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model).double()
     tensors = dict(named_tensors(twin))
     with torch.no_grad():
-        for edit in removed.plan.edits:
-            if isinstance(edit, Resize):
-                gone = sorted(set(range(edit.size)) - set(edit.index))
-                fill = 1.0 if edit.tensor.endswith("running_var") else 0.0
-                where = torch.tensor(gone, device=tensors[edit.tensor].device)
-                tensors[edit.tensor].index_fill_(edit.axis, where, fill)
+        for edit in plan.edits:
+            if not isinstance(edit, Resize):
+                continue
+            tensor = tensors[edit.tensor]
+            factor = torch.zeros(edit.size, dtype=torch.float64)
+            factor[list(edit.index)] = torch.tensor(edit.scale or (1.0,) * len(edit.index), dtype=torch.float64)
+            shaped = factor.to(tensor.device).reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
+            fill = 1.0 if edit.tensor.endswith("running_var") else 0.0
+            tensor.copy_(torch.where(shaped == 0, fill, tensor * shaped))
     return run_doubled(twin, inputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from morph.analysis import analyse
-from morph.analysis.edits import drops, times_of
+from morph.analysis.edits import closes_gates, drops, times_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.plan import Check, Plan, Record, Reinitialise, Resize, Substitute
 from morph.removal import LIMIT as CUT_LIMIT
-from morph.removal import compare
+from morph.removal import compare, run_silenced
 from morph.tracing import try_inputs
 from morph.verify import require, same_function
 from morph.zeroing import run_zeroed
@@ -57,7 +58,12 @@ def operate(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool) -> Op
     checks: tuple[Check, ...] = ()
     if verify:
         resizes = [edit for edit in preserving.edits if isinstance(edit, Resize)]
-        checks = (_zeroing(model, grown, resizes, inputs),) if drops(resizes) else same_function(model, grown, inputs)
+        if closes_gates(preserving):
+            checks = (_silenced(model, preserving, inputs),)
+        elif drops(resizes):
+            checks = (_zeroing(model, grown, resizes, inputs),)
+        else:
+            checks = same_function(model, grown, inputs)
     require(checks)
     if preserving != plan:
         grown = apply_plan(model, plan)
@@ -69,6 +75,12 @@ def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Tens
     state = analyse(model, inputs).state
     wanted = run_zeroed(state, model, inputs, times_of(state, edits))
     return compare("zeroing reference", wanted, cut, inputs, CUT_LIMIT)
+
+
+def _silenced(model: nn.Module, plan: Plan, inputs: Tensor) -> Check:
+    """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
+    cut = apply_plan(copy.deepcopy(model).double(), plan)
+    return compare("parameters set to zero", run_silenced(plan, model, inputs), cut, inputs, CUT_LIMIT)
 
 
 def replay(model: nn.Module, plan: Plan, inputs: Tensor, *, verify: bool = True) -> Result:
@@ -110,7 +122,7 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
     if not checks:
         return "not verified: switched off"
     text = "outputs and input gradients in evaluation mode, float64, before and after"
-    if drops([edit for edit in plan.edits if isinstance(edit, Resize)]):
+    if closes_gates(plan) or drops([edit for edit in plan.edits if isinstance(edit, Resize)]):
         text = (
             "outputs in evaluation mode, float64: equal to those of the model before with zeros where its readers saw "
             "what was cut"

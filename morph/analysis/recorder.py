@@ -87,8 +87,10 @@ def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module],
     return recording
 
 
-def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dict[str, Any]]:
-    """Record a traced graph without data.
+def record_nodes(
+    module: fx.GraphModule, inputs: Inputs, whole: tuple[type[nn.Module], ...] = ()
+) -> tuple[Recording, dict[str, Any]]:
+    """Record a traced graph without data; modules of the classes ``whole`` as one call.
 
     Returns:
         The recording, and what each node gave: values in place of tensors, numbers as they are.
@@ -106,7 +108,7 @@ def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dic
             names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
             return Watch(module).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
 
-    recorder = _Recorder(module, "shapes", ())
+    recorder = _Recorder(module, "shapes", whole)
     recorder.runner = Runner()
     return recorder.run(inputs), given
 
