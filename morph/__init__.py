@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from morph.states import carry_model as carry_model
     from morph.states import move_scheduler as move_scheduler
     from morph.states import transplant as transplant
+    from morph.student_search import search_student as search_student
     from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
@@ -47,6 +48,7 @@ _HOMES = {
     "prune": "morph.pruning",
     "widen": "morph.widening",
     "deepen": "morph.deepening",
+    "search_student": "morph.student_search",
     "substitute": "morph.substitution",
     "Coupling": "morph.couplings",
     "rule": "morph.analysis.user_rules",

@@ -21,6 +21,7 @@ from morph.gate_sites import Layout, Site, Where, lay_out
 from morph.gate_weights import Measure, saved
 from morph.graphs import graph_of
 from morph.liveness import Closing, Liveness
+from morph.norm_counts import batch_norm_operations
 from morph.passes.gates import HOME, gates_of, insert_gates
 from morph.plan import Record
 from morph.pruning import batch_of
@@ -71,6 +72,18 @@ class Gated:
             TargetError: If a site does not exist, or a mask is not of its length.
         """
         return self._count(self._close(closed or {}))
+
+    def norm_operations(self, closed: Masks) -> int:
+        """Two for each element of a batch norm, for one sample, of the network that `remove` would give.
+
+        Args:
+            closed: As in `sizes`.
+
+        Raises:
+            TargetError: As `sizes`.
+        """
+        analysis = self._layout.bordered.analysis
+        return batch_norm_operations(analysis, self._close(closed).times) // self._batch
 
     def weights(self, measure: Measure) -> dict[str, Tensor]:
         """How much closing each gate alone saves, over the largest such saving: alpha_j in (0, 1].
