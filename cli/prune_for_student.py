@@ -41,23 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     parser.epilog = EPILOG
     add_model(parser, "teacher")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument(
-        "--target-flops",
-        "--target-macs",
-        dest="target_macs",
-        type=size,
-        metavar="SIZE",
-        help="at most so many multiply-adds of one sample (a multiply-add counts one), e.g. 90M",
-    )
-    target.add_argument("--target-params", type=size, metavar="SIZE", help="at most so many parameters, e.g. 200K")
-    parser.add_argument(
-        "--count",
-        choices=["contractions", "paper"],
-        default="contractions",
-        help="what the multiply-adds of the target include: convolutions and linear layers, or two for each element of "
-        "a batch norm as well, as the paper counts (default %(default)s)",
-    )
+    _add_target(parser)
     parser.add_argument(
         "--mode",
         choices=["kd-weighted", "kd", "np-weighted", "np"],
@@ -100,6 +84,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser, "the student; beside it go the record (.json) and the picture (.svg) (default: NAME-student.pt)")
     parser.add_argument("--dry-run", action="store_true", help="count gates and sizes, train and write nothing")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    """Add how large the student may be, and how that is counted."""
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--target-flops",
+        "--target-macs",
+        dest="target_macs",
+        type=size,
+        metavar="SIZE",
+        help="at most so many multiply-adds of one sample (a multiply-add counts one), e.g. 90M",
+    )
+    target.add_argument("--target-params", type=size, metavar="SIZE", help="at most so many parameters, e.g. 200K")
+    parser.add_argument(
+        "--count",
+        choices=["contractions", "paper"],
+        default="contractions",
+        help="what the multiply-adds of the target include: convolutions and linear layers, or two for each element of "
+        "a batch norm as well, as the paper counts (default %(default)s)",
+    )
 
 
 def _add_numbers(parser: argparse.ArgumentParser) -> None:

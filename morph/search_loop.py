@@ -70,7 +70,7 @@ class Search:
         self.model = fabric.setup_module(model.train())
         self.alpha = meter.flat.join(alpha)
         numbers = {id(gate.weight) for gate in gates.values()}
-        weights = [p for p in model.parameters() if p.requires_grad and id(p) not in numbers]
+        weights = [p.requires_grad_(True) for p in model.parameters() if id(p) not in numbers]  # teachers may be frozen
         base = torch.optim.SGD(weights, options.lr, options.momentum, weight_decay=options.weight_decay)
         numbers_of_gates = {"lr": options.gate_lr, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
         self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)

@@ -70,8 +70,9 @@ def search_student(
             ``np-weighted``, ``np``), ``epochs``, ``lambda2``, ``lr``, ``batch_size``, ``inherit``, ``seed`` and more.
 
     Returns:
-        The student, a plain module without gates, and the record. Its check compares, in float64, the gated teacher
-        whose closed gates are zero with the network that was cut out, before weights are drawn afresh.
+        The student, a plain module without gates, all of whose parameters can be trained, and the record. Its check
+        compares, in float64, the gated teacher whose closed gates are zero with the network that was cut out, before
+        weights are drawn afresh.
 
     Raises:
         TargetError: If a number is out of its range, or the target is met already or cannot be reached.
@@ -151,7 +152,7 @@ def _student(teacher: nn.Module, data: Data, space: SearchSpace, options: Search
             gate.weight.copy_(values[name])
     space.gated.model.train(teacher.training)
     removed = space.gated.remove(space.flat.split(found.closed))
-    plan, model = removed.record.plan, removed.model
+    plan, model = removed.record.plan, removed.model.requires_grad_(True)
     if not options.inherit:
         plan = Plan((*plan.edits, Reinitialise(options.seed)))
         reinitialise(model, options.seed)

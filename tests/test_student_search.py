@@ -233,6 +233,17 @@ def test_augmentation_moves_and_mirrors_and_the_seed_decides():
     assert {mirrored for _, _, mirrored in places} == {True, False}
 
 
+def test_a_frozen_teacher_stays_frozen_and_its_student_can_be_trained():
+    teacher = tiny().eval().requires_grad_(False)
+    was = Snapshot(teacher)
+    found = search_student(teacher, (X, Y), target_params=700, **FAST)
+    assert was.same()
+    assert all(p.requires_grad for p in found.model.parameters())
+    assert not any(m.training for m in found.model.modules())
+    thawed = search_student(tiny(), (X, Y), target_params=700, **FAST)
+    assert found.record.details["history"] == thawed.record.details["history"]
+
+
 def test_a_zoo_teacher():
     found = search_student(build("densenet-bc-10-4"), cifar10_of(16), target_macs=400_000, **FAST)
     assert found.record.after["macs"] <= 400_000
