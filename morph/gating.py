@@ -85,8 +85,11 @@ class Gated:
 
         Returns:
             For each site ``[k]`` float32.
+
+        Raises:
+            TargetError: If ``measure`` is none of these.
         """
-        return saved(self._layout, measure, self._source, self._inputs)
+        return saved(self._layout, measure, self._plain())
 
     def remove(self, closed: Masks | None = None) -> Result:
         """Take the gates out: closed channels go, what open gates multiply goes into the weights of the readers.
