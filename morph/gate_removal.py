@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from morph.analysis import analyse
 from morph.analysis.atoms import Labels
-from morph.analysis.recording import Value, skeleton
+from morph.analysis.edits import times_of
+from morph.analysis.recording import Inputs, Value, skeleton
+from morph.carriers import Carried, Carrier
 from morph.errors import EditError
 from morph.fitting import new_groups
 from morph.gate_sites import Layout
@@ -36,12 +38,14 @@ class Removal:
         groups: Numbers of groups that change.
         reroutes: Readers that read parts; empty if every reader reads all that its source still has.
         gone: Names of the tensors that leave with layers that nobody needs.
+        tensors: Names of all tensors that the graph uses.
     """
 
     resizes: tuple[Resize, ...]
     groups: tuple[SetAttribute, ...]
     reroutes: tuple[Reroute, ...]
     gone: tuple[str, ...]
+    tensors: tuple[str, ...]
 
 
 def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor]) -> Removal:
@@ -56,7 +60,8 @@ def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor]) 
     scales = dict(_scales(layout, gates))
     resizes: list[Resize] = []
     gone = []
-    for name, value in graph.analysis.recording.sources.items():
+    sources = graph.analysis.recording.sources
+    for name, value in sources.items():
         kept = [np.flatnonzero(times[labels]) for labels in graph.analysis.state.tag(value).axes]
         if name in closing.leaving:
             gone.append(name)
@@ -68,7 +73,7 @@ def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor]) 
                 resizes.append(Resize(name, axis, size, tuple(index.tolist()), factors))
     left = set(closing.dead)
     groups = tuple(g for g in new_groups(graph.graph, graph.analysis, times) if g.module not in left and g.new)
-    return Removal(tuple(resizes), groups, tuple(_reroutes(layout, times)), tuple(gone))
+    return Removal(tuple(resizes), groups, tuple(_reroutes(layout, times)), tuple(gone), tuple(sources))
 
 
 def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.GraphModule) -> Plan:
@@ -98,7 +103,32 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     return Plan(tuple(everything))
 
 
-def bare_graph(model: Any) -> fx.GraphModule:
+def class_plan(model: nn.Module, inputs: Inputs, removal: Removal) -> Plan | str:
+    """The plan for the model's own class; or why there is none.
+
+    Args:
+        model: The model before; not touched.
+        inputs: Example inputs.
+        removal: What changes.
+    """
+    if removal.reroutes:
+        return "readers read parts of what their sources give"
+    if removal.gone:
+        return "layers that nobody reads leave"
+    analysis = analyse(model, inputs)
+    if set(removal.tensors) != set(analysis.recording.sources):
+        return "parts of it are used in training alone"
+    times = times_of(analysis.state, removal.resizes)
+    for edit in removal.resizes:
+        roots = analysis.roots(analysis.recording.sources[edit.tensor])[edit.axis]
+        gone = np.setdiff1d(np.arange(edit.size), edit.index)
+        if not roots[gone].all() or tuple(np.flatnonzero(times[roots]).tolist()) != edit.index:
+            return f"{edit.tensor} cannot be cut like that in the class"
+    found = Carrier(model, inputs, analysis, "class").carry(removal.resizes, times)
+    return found.plan if isinstance(found, Carried) else f"{found.reason} (in {found.module or 'the model'})"
+
+
+def bare_graph(model: nn.Module) -> fx.GraphModule:
     """The traced graph of a model, without data."""
     return graph_of(skeleton(model))
 

@@ -16,7 +16,7 @@ from morph.analysis import Sizes, count_sizes
 from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.cut import apply_plan
 from morph.errors import TargetError
-from morph.gate_removal import Removal, bare_graph, graph_plan, plan_removal
+from morph.gate_removal import bare_graph, class_plan, graph_plan, plan_removal
 from morph.gate_sites import Layout, Site, Where, lay_out
 from morph.gate_weights import Measure, saved
 from morph.graphs import graph_of
@@ -98,8 +98,11 @@ class Gated:
 
         Returns:
             For each site ``[k]`` float32.
+
+        Raises:
+            TargetError: If ``measure`` is none of these.
         """
-        return saved(self._layout, measure, self._source, self._inputs)
+        return saved(self._layout, measure, self._plain())
 
     def remove(self, closed: Masks | None = None) -> Result:
         """Take the gates out: closed channels go, what open gates multiply goes into the weights of the readers.
@@ -131,9 +134,10 @@ class Gated:
         }
         removal = plan_removal(self._layout, closing, gates)
         plain = self._plain()
-        plan = graph_plan(self._layout, closing, removal, bare_graph(plain))
-        model = apply_plan(plain, plan)
         inputs = self._moved()
+        own = class_plan(plain, inputs, removal)
+        plan = graph_plan(self._layout, closing, removal, bare_graph(plain)) if isinstance(own, str) else own
+        model = apply_plan(plain, plan)
         wanted = run_doubled(self._with(gates), inputs)
         check = compare("gated model", wanted, apply_plan(copy.deepcopy(plain).double(), plan), inputs, LIMIT)
         require((check,))
@@ -145,12 +149,20 @@ class Gated:
             before=asdict(self.sizes()),
             after=asdict(self.sizes(masks)),
             checks=(check,),
-            details={**self._details(masks, closing, removal), "rounding": rounding.max_abs_diff},
+            details={
+                **self._details(masks, closing),
+                "form": "graph" if isinstance(own, str) else "class",
+                "why_graph": own if isinstance(own, str) else "",
+                "training_only_params": sum(
+                    p.numel() for name, p in plain.named_parameters() if name not in removal.tensors
+                ),
+                "rounding": rounding.max_abs_diff,
+            },
             environment=environment(self.model, tensors_of(arguments_of(inputs))[0]),
         )
         return Result(model, record)
 
-    def _details(self, masks: Masks, closing: Closing, removal: Removal) -> dict[str, Any]:
+    def _details(self, masks: Masks, closing: Closing) -> dict[str, Any]:
         """What the record says."""
         shut = {name: int(mask.sum()) for name, mask in masks.items()}
         return {

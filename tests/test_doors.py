@@ -70,6 +70,7 @@ ORDER = [
     "readers",
     "gate_sites",
     "liveness",
+    "gate_latency",
     "gate_weights",
     "gate_removal",
     "gating",

@@ -48,6 +48,9 @@ def test_random_closings_are_exact_and_counted(name, where):
         assert result.record.after == {"params": count.params, "macs": count.macs}
         assert (sizes.params, sizes.macs) == (count.params, count.macs)
         assert not gates_of(result.model)
+        own = type(result.model) is type(model)
+        assert result.record.details["form"] == ("class" if own else "graph")
+        assert own == (result.record.details["why_graph"] == "")
         assert all(0 not in p.shape for p in result.model.parameters())
         assert all(torch.equal(before[k], v) for k, v in gated.model.state_dict().items())
         replayed = replay(gated_source(gated, model), result.record.plan, x)
@@ -223,3 +226,17 @@ def test_the_record_says_what_became_of_the_gates():
     assert value["macs_after"] < value["macs_before"]
     assert value["max_abs_diff"] < 1e-9
     assert [s["name"] for s in value["sites"]] == [s.name for s in gated.sites]
+
+
+def test_the_own_class_comes_back_where_every_reader_reads_all_that_is_there():
+    for name, where in (("wrn", "producer"), ("chain", "auto"), ("grouped", "auto"), ("resnet", "producer")):
+        model, x = made(name)
+        gated = morph.gate(model, x, where=where)
+        shut(gated, 0.4, 3)
+        result = gated.remove()
+        assert type(result.model) is type(model), result.record.details["why_graph"]
+        assert result.record.details["training_only_params"] == 0
+    model, x = made("darts")
+    result = morph.gate(model, x, where="producer").remove()
+    assert result.record.details["why_graph"] == "parts of it are used in training alone"
+    assert result.record.details["training_only_params"] > 0

@@ -217,38 +217,69 @@ def test_two_names_that_look_alike_get_two_gates():
 # ---- what closing saves
 
 
-@pytest.mark.parametrize("measure", ["macs", "params"])
+def memory(model: nn.Module, x: torch.Tensor) -> int:
+    """Elements that layers read and give, by hooks."""
+    total = 0
+
+    def add(module, args, output):
+        nonlocal total
+        total += args[0].numel() + output.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    handles = [m.register_forward_hook(add) for m in layers]
+    outputs(model, x)
+    for handle in handles:
+        handle.remove()
+    return total // len(x)
+
+
+def measured(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    count = morph.count(copy.deepcopy(model).float(), x.float())
+    return {"macs": count.macs, "params": count.params, "memory": memory(model, x)}
+
+
 @pytest.mark.parametrize("name", ["depthwise", "grouped", "squeeze", "residual", "densenet"])
-def test_weights_are_what_a_slow_recount_says(name, measure):
-    """Every gate: closed alone, taken out, and the module that comes out counted."""
+def test_weights_are_what_a_slow_recount_says(name):
+    """Gates closed alone, taken out, and the module that comes out counted; of like ones in DenseNet the first."""
     model, x = made(name)
     gated = morph.gate(model, x)
-    whole = morph.count(model.float(), x.float())
-    sizes = gated.sizes()
-    assert (whole.params, whole.macs) == (sizes.params, sizes.macs)
-    alpha, recount = gated.weights(measure), {}
+    whole, sizes = measured(model, x), gated.sizes()
+    assert (whole["params"], whole["macs"]) == (sizes.params, sizes.macs)
+    recount: dict[tuple[str, int], dict[str, int]] = {}
     readers = Counter(source for s in gated.sites for source in set(s.sources))
     for site in gated.sites:
-        seen: dict[str, float] = {}
+        seen: set[str] = set()
         for number, source in enumerate(site.sources):
             if name == "densenet" and source in seen:
                 continue
+            seen.add(source)
             closed = {site.name: torch.arange(site.gates) == number}
-            count = morph.count(gated.remove(closed).model.float(), x.float())
-            saving = getattr(whole, measure) - getattr(count, measure)
-            assert saving == getattr(sizes, measure) - getattr(gated.sizes(closed), measure)
-            seen[source] = saving
-            alone = site.kind == "connection" and readers[source] == 1
-            if not alone:  # the last reader of a channel also takes the rows of its producer
-                recount[site.name, number] = saving
-    most = max(saving / float(alpha[s][n]) for (s, n), saving in recount.items())
-    for (site_name, number), saving in recount.items():
-        assert saving / most == pytest.approx(float(alpha[site_name][number]), rel=1e-6)
-    assert max(float(a.max()) for a in alpha.values()) == 1
-    assert min(float(a.min()) for a in alpha.values()) > 0
-    assert all(
-        torch.equal(a, torch.ones(s.gates)) for a, s in zip(gated.weights("none").values(), gated.sites, strict=True)
-    )
+            now = measured(gated.remove(closed).model, x)
+            after = gated.sizes(closed)
+            assert (now["params"], now["macs"]) == (after.params, after.macs)
+            if site.kind == "producer" or readers[source] > 1:  # the last reader also takes the rows of its producer
+                recount[site.name, number] = {key: whole[key] - now[key] for key in now}
+    for measure in ("macs", "params", "memory"):
+        alpha = gated.weights(measure)
+        most = max(saving[measure] / float(alpha[s][n]) for (s, n), saving in recount.items())
+        for (site_name, number), saving in recount.items():
+            assert saving[measure] / most == pytest.approx(float(alpha[site_name][number]), rel=1e-6), measure
+        assert max(float(a.max()) for a in alpha.values()) == 1
+        assert min(float(a.min()) for a in alpha.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["depthwise", "grouped", "transposed", "densenet"])
+def test_weights_by_latency_and_by_nothing(name):
+    model, x = made(name)
+    gated = morph.gate(model, x)
+    for measure in ("latency", "none"):
+        alpha = gated.weights(measure)
+        assert [tuple(a.shape) for a in alpha.values()] == [(s.gates,) for s in gated.sites]
+        assert list(alpha) == [s.name for s in gated.sites]
+        assert all(((a > 0) & (a <= 1)).all() for a in alpha.values())
+    assert all((a == 1).all() for a in alpha.values())
+    with pytest.raises(TargetError, match="weights are by macs, params, memory, latency, none, got 'flops'"):
+        gated.weights("flops")
 
 
 def test_every_model_is_built():
