@@ -21,25 +21,34 @@ DATA_HELP = (
 )
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add where the images come from, how many are read, and how they are normalised."""
+def add_data(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
+    """Add where the images come from, how many are read, and how they are normalised.
+
+    Args:
+        parser: Takes them.
+        training: Whether something is trained on them: by default all images of the training part are then read.
+    """
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="DATA", help=DATA_HELP)
     group.add_argument(
         "--split",
         choices=["test", "train"],
-        default="test",
+        default="train" if training else "test",
         help="which part of a folder to read (default %(default)s)",
     )
     group.add_argument(
         "--limit",
         type=positive,
-        default=1024,
+        default=None if training else 1024,
         metavar="N",
-        help="read at most N images, drawn by seed (default %(default)s)",
+        help=f"read at most N images, drawn by seed (default {'all' if training else 1024})",
     )
     group.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images in a batch (default %(default)s)"
+        "--batch-size",
+        type=positive,
+        default=128 if training else 64,
+        metavar="N",
+        help="images in a batch (default %(default)s)",
     )
     for name, what in (("mean", "subtract from"), ("std", "divide, after that,")):
         group.add_argument(

@@ -6,10 +6,12 @@ import argparse
 import importlib
 import sys
 from importlib.metadata import version
+from typing import Any
 
 COMMANDS = {
     "prune": "cut the least useful channels and heads out of a model",
     "expand": "grow a student into its teacher without changing what it computes",
+    "prune-for-student": "search a teacher for the student that learns best from it, with channel gates",
     "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
@@ -46,8 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
             description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        importlib.import_module(f"morph.cli.{name}").add_arguments(command)
+        _module(name).add_arguments(command)
     return parser
+
+
+def _module(command: str) -> Any:
+    """The module of a command."""
+    return importlib.import_module(f"morph.cli.{command.replace('-', '_')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from morph.errors import MorphError
 
     try:
-        return int(importlib.import_module(f"morph.cli.{args.command}").run(args))
+        return int(_module(args.command).run(args))
     except MorphError as error:
         console.error(str(error))
         return error.exit_code

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from morph.analysis import Analysis as Analysis
     from morph.analysis import analyse as analyse
     from morph.analysis.user_rules import rule as rule
+    from morph.apg import APG as APG
+    from morph.attaching import attach_gates as attach_gates
     from morph.checkpoints import edit_checkpoint as edit_checkpoint
     from morph.counts import count as count
     from morph.couplings import Coupling as Coupling
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from morph.expansion import expand as expand
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
+    from morph.gating import Gated as Gated
+    from morph.gating import gate as gate
+    from morph.passes.gates import Gate as Gate
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
     from morph.plan import load_plan as load_plan
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from morph.states import carry_model as carry_model
     from morph.states import move_scheduler as move_scheduler
     from morph.states import transplant as transplant
+    from morph.student_search import search_student as search_student
     from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
@@ -37,9 +43,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyse": "morph.analysis",
     "Analysis": "morph.analysis",
+    "APG": "morph.apg",
+    "attach_gates": "morph.attaching",
     "prune": "morph.pruning",
     "widen": "morph.widening",
     "deepen": "morph.deepening",
+    "search_student": "morph.student_search",
     "substitute": "morph.substitution",
     "Coupling": "morph.couplings",
     "rule": "morph.analysis.user_rules",
@@ -51,6 +60,9 @@ _HOMES = {
     "count": "morph.counts",
     "draw": "morph.drawing",
     "expand": "morph.expansion",
+    "Gate": "morph.passes.gates",
+    "Gated": "morph.gating",
+    "gate": "morph.gating",
     "open_model": "morph.files",
     "save_model": "morph.files",
     "Plan": "morph.plan",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from morph.augmentation import Augmented
 from morph.errors import DataError, TargetError
 from morph.images import LabelledImages
 from morph.policies import Metric
@@ -72,6 +73,33 @@ def cycle_batches(data: Data, batch_size: int, seed: int) -> Iterator[Batch]:
             raise DataError("the data gave no batch (an iterator can be used only once: give a list or a DataLoader)")
 
 
+def round_length(data: Data, batch_size: int) -> int:
+    """How many batches are in one round through ``data``.
+
+    Raises:
+        DataError: If that is not known before, or there is none.
+    """
+    pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+    samples = len(data[0]) if pair else len(data) if isinstance(data, Sized) else None  # type: ignore[index]
+    if samples is None:
+        raise DataError(f"{type(data).__name__} does not say how long it is; give tensors, a list or a DataLoader")
+    if not samples:
+        raise DataError("the data gave no batch")
+    return -(-samples // batch_size) if pair or isinstance(data, Batches) else samples
+
+
+def one_round(data: Data, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Give the batches of one round through ``data``, in an order that ``seed`` alone decides.
+
+    A DataLoader draws its order from torch's global random state, which is seeded here before it begins.
+
+    Raises:
+        DataError: As `stream_batches`.
+    """
+    torch.manual_seed(seed)
+    yield from islice(stream_batches(data, batch_size, seed, device), round_length(data, batch_size))
+
+
 def shuffle_batches(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> Iterator[Batch]:
     """Cut a pair of tensors into batches for ever, in a new random order each time round.
 
@@ -90,7 +118,7 @@ def shuffle_batches(inputs: Tensor, targets: Tensor, batch_size: int, seed: int)
 
 def describe_data(data: Data) -> Mapping[str, object]:
     """What a record says of the data; plain values."""
-    if isinstance(data, LabelledImages):
+    if isinstance(data, LabelledImages | Augmented):
         return data.describe()
     return {"source": type(data).__name__}
 

@@ -25,6 +25,7 @@ from morph.plan import (
     Plan,
     Regroup,
     Reinitialise,
+    Reroute,
     Resize,
     SetAttribute,
     SetConstant,
@@ -32,6 +33,7 @@ from morph.plan import (
     Substitute,
     UseGraph,
 )
+from morph.rerouting import reroute
 from morph.resizing import resized, set_attributes
 
 
@@ -89,6 +91,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
         set_constants(grown, edits)
     elif kind is Perturb:
         add_noise(grown, edits)
+    elif kind is Reroute:
+        reroute(grown, edits)
     for edit in edits:
         if isinstance(edit, Regroup):
             conv = grown.get_submodule(edit.module)
@@ -110,6 +114,22 @@ def reinitialise(model: nn.Module, seed: int) -> None:
     The global random state stays as it was.
 
     Raises:
+        EditError: As `check_reinitialise`.
+    """
+    check_reinitialise(model)
+    owned = [module for module in model.modules() if module._parameters or module._buffers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in owned:
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+
+def check_reinitialise(model: nn.Module) -> None:
+    """See that every weight of ``model`` can be drawn afresh.
+
+    Raises:
         EditError: If a parameter belongs to a module that cannot do that; names it.
     """
     owned = [(path, m) for path, m in model.named_modules() if m._parameters or m._buffers]
@@ -119,11 +139,6 @@ def reinitialise(model: nn.Module, seed: int) -> None:
             f"{len(unable)} modules have parameters but no reset_parameters, so they cannot be drawn afresh: "
             f"{', '.join(unable[:3])}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _, module in owned:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
 
 
 def _check_fit(model: nn.Module, edits: list[Regroup]) -> None:

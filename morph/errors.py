@@ -57,6 +57,24 @@ class EditError(MorphError):
     """An edit cannot be applied exactly; the text says to what and why."""
 
 
+class GateError(MorphError):
+    """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
+
+
+class SearchError(MorphError):
+    """A search for a student had to stop; the text says where its last good state is."""
+
+    exit_code = 1
+
+
+class SearchStateError(MorphError):
+    """The saved state of a search cannot be read, or is of another search."""
+
+
+class DeviceError(MorphError):
+    """There is no such device, or it cannot compute in this precision."""
+
+
 class PlanMismatchError(MorphError):
     """A saved plan was made for another model."""
 

@@ -106,16 +106,7 @@ class Fitter:
 
     def groups(self, times: Labels) -> list[SetAttribute]:
         """The new numbers of groups of torch's own convolutions and group norms."""
-        found: dict[str, SetAttribute] = {}
-        modules = dict(self.base.named_modules(remove_duplicate=False))
-        for number, labels in self.analysis.state.groups.items():
-            path = self.analysis.recording.calls[number].module
-            module = modules.get(path)
-            attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
-            old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
-            if new != old and isinstance(module, _ConvNd | nn.GroupNorm):
-                found[path] = SetAttribute(path, attribute, old, new)
-        return list(found.values())
+        return new_groups(self.base, self.analysis, times)
 
     def _try(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit], times: Labels) -> Misfit | None:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
@@ -239,6 +230,20 @@ class Fitter:
         for path, table in votes.items():
             result[path] = {a: counter.most_common(1)[0][0] for a, counter in table.items()}
         return result
+
+
+def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
+    """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
+    found: dict[str, SetAttribute] = {}
+    modules = dict(base.named_modules(remove_duplicate=False))
+    for number, labels in analysis.state.groups.items():
+        path = analysis.recording.calls[number].module
+        module = modules.get(path)
+        attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
+        old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
+        if new != old and isinstance(module, _ConvNd | nn.GroupNorm):
+            found[path] = SetAttribute(path, attribute, old, new)
+    return list(found.values())
 
 
 def _layout_only(call: Call) -> bool:

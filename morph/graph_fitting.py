@@ -51,14 +51,32 @@ class GraphFitter:
         cut = resized(self.graph, [e for e in edits if e.tensor in self.state.recording.sources])
         assert isinstance(cut, fx.GraphModule)
         set_sizes(cut, sizes)
-        made = _Refit(self, cut, times)
-        args, kwargs = arguments_of(self.inputs)
-        try:
-            with torch.no_grad(), plain_attention():
-                made.run(*args, **kwargs)
-        except _UnfitError as unfit:
-            return made.edits, unfit.misfit
-        return made.edits, None
+        return mend(cut, self.values, self.state, times, self.inputs)
+
+
+def mend(
+    cut: fx.GraphModule, values: Mapping[str, Any], state: Propagation, times: Labels, inputs: Inputs
+) -> tuple[list[SetConstant | SplitAt], Misfit | None]:
+    """Run a cut graph without data and give each node the constants that make its shape right.
+
+    Args:
+        cut: The graph; changed in place. Nodes that ``values`` does not have are taken as they are.
+        values: What each node gave before the cut: values in place of tensors.
+        state: The labels of these.
+        times: For each label how often it is there.
+        inputs: Without data.
+
+    Returns:
+        The constants, and where none is right.
+    """
+    made = _Refit(cut, values, state, times)
+    args, kwargs = arguments_of(inputs)
+    try:
+        with torch.no_grad(), plain_attention():
+            made.run(*args, **kwargs)
+    except _UnfitError as unfit:
+        return made.edits, unfit.misfit
+    return made.edits, None
 
 
 class _UnfitError(Exception):
@@ -72,10 +90,10 @@ class _UnfitError(Exception):
 class _Refit(fx.Interpreter):
     """Runs a cut graph and mends each node whose shape is not the one expected."""
 
-    def __init__(self, fitter: GraphFitter, cut: fx.GraphModule, times: Labels) -> None:
+    def __init__(self, cut: fx.GraphModule, values: Mapping[str, Any], state: Propagation, times: Labels) -> None:
         super().__init__(cut)
         self.graph_module = cut
-        self.fitter, self.times = fitter, times
+        self.values, self.state, self.times = values, state, times
         self.edits: list[SetConstant | SplitAt] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +102,8 @@ class _Refit(fx.Interpreter):
         return super().run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
-        expected = self.fitter.values.get(n.name)
-        if n.op in ("placeholder", "output", "get_attr"):
+        expected = self.values.get(n.name)
+        if n.op in ("placeholder", "output", "get_attr") or n.name not in self.values:
             return super().run_node(n)
         self._keep_scale(n)
         result, why = self._attempt(n, expected)
@@ -117,14 +135,14 @@ class _Refit(fx.Interpreter):
         return [self._shape(v) for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
 
     def _shape(self, value: Value) -> tuple[int, ...]:
-        axes = self.fitter.state.tag(value).axes
+        axes = self.state.tag(value).axes
         return tuple(int(self.times[a].sum()) if len(a) > 1 else len(a) for a in axes)
 
     def _keep_scale(self, n: fx.Node) -> None:
         """Attention divides by the root of the head size: after a cut inside heads, the old one is written out."""
         if n.target is not torch.nn.functional.scaled_dot_product_attention or n.kwargs.get("scale") is not None:
             return
-        value = self.fitter.values.get(n.args[0].name) if n.args and isinstance(n.args[0], fx.Node) else None
+        value = self.values.get(n.args[0].name) if n.args and isinstance(n.args[0], fx.Node) else None
         if isinstance(value, Value) and self._shape(value)[-1] != value.shape[-1]:
             edit = SetConstant(n.name, "kwargs.scale", value.shape[-1] ** -0.5)
             set_slot(n, edit.slot, edit.number)
@@ -136,7 +154,7 @@ class _Refit(fx.Interpreter):
         values = [v for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
         if name in _SPLITS and values:
             shapes = [self._shape(v) for v in values]
-            source = self.fitter.values.get(n.args[0].name) if isinstance(n.args[0], fx.Node) else None
+            source = self.values.get(n.args[0].name) if isinstance(n.args[0], fx.Node) else None
             if isinstance(source, Value):
                 for axis in range(len(source.shape)):
                     if sum(v.shape[axis] for v in values) == source.shape[axis] and len(values) > 1:
@@ -174,15 +192,15 @@ class _Refit(fx.Interpreter):
 
     def _old(self, value: Any) -> Any:
         """The constant, or the number that a node gave before the cut."""
-        return self.fitter.values.get(value.name) if isinstance(value, fx.Node) else value
+        return self.values.get(value.name) if isinstance(value, fx.Node) else value
 
     def _new_sizes(self, n: fx.Node, values: Sequence[Value], old: int) -> list[int | None]:
         """What a constant may become: itself, a new size of an axis of that size, or a boundary that has moved."""
         found: dict[int | None, None] = {None: None}
-        inputs = [self.fitter.values.get(i.name) for i in n.all_input_nodes]
+        inputs = [self.values.get(i.name) for i in n.all_input_nodes]
         tensors = [v for v in [*inputs, *values] if isinstance(v, Value)]
         for value in tensors:
-            for labels in self.fitter.state.tag(value).axes:
+            for labels in self.state.tag(value).axes:
                 if len(labels) >= old and (self.times[labels] != 1).any():
                     found[int(self.times[labels[:old]].sum())] = None
         return list(found)

@@ -82,11 +82,11 @@ def expansion_picture(rows: Sequence[CellRow], path: Path, *, title: str, force:
         PictureError: If there are no rows or the suffix is unknown.
         OutputError: If the picture cannot be written.
     """
-    _save(lambda: expansion_figure(rows, title=title), path, len(rows), "cells", force=force)
+    save_figure(lambda: expansion_figure(rows, title=title), path, len(rows), "cells", force=force)
 
 
-def _save(draw: Callable[[], Figure], path: Path, count: int, what: str, *, force: bool) -> None:
-    """Write a figure of ``count`` rows, whole or not at all."""
+def save_figure(draw: Callable[[], Figure], path: Path, count: int, what: str, *, force: bool) -> None:
+    """Write a figure of ``count`` rows, whole or not at all; errors as `expansion_picture`."""
     if path.suffix.lower() not in SUFFIXES:
         raise PictureError(f"{path}: the suffix does not say a format; end the name in {', '.join(SUFFIXES)}")
     if not count:
@@ -235,7 +235,7 @@ def units_picture(rows: Sequence[UnitRow], path: Path, *, title: str, force: boo
         PictureError: If there are no rows or the suffix is unknown.
         OutputError: If the picture cannot be written.
     """
-    _save(lambda: units_figure(rows, title=title), path, len(rows), "couplings", force=force)
+    save_figure(lambda: units_figure(rows, title=title), path, len(rows), "couplings", force=force)
 
 
 def units_figure(rows: Sequence[UnitRow], *, title: str) -> Figure:
@@ -260,7 +260,7 @@ def _under_headings(rows: Sequence[UnitRow]) -> list[Line]:
     """A line for each row; the rows of a block of the model stand together, under its name if there are several."""
     blocks: dict[str, list[UnitRow]] = {}
     for row in rows:
-        blocks.setdefault(_block(row.name) or row.name, []).append(row)
+        blocks.setdefault(block_of(row.name) or row.name, []).append(row)
     lines: list[Line] = []
     for block, some in blocks.items():
         if len(some) > 1:
@@ -292,7 +292,7 @@ def _split(lines: Sequence[Line], height: int) -> list[list[Line]]:
     return columns
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """The path up to the first part that ends in a number: ``cells.3``, ``layer1``, ``encoder.layers.layer_0``."""
     found = re.match(r"(?:[^.]*[^.\d]\.)*?(?:[^.]*\d)(?=\.)", name)
     return found.group() if found else ""

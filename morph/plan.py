@@ -11,6 +11,10 @@ from typing import Any
 
 from morph.atomic import write_text
 from morph.errors import PlanMismatchError
+from morph.graph_edits import Reroute as Reroute
+from morph.graph_edits import SetConstant as SetConstant
+from morph.graph_edits import SplitAt as SplitAt
+from morph.graph_edits import UseGraph as UseGraph
 from morph.module_edits import FreeAttention as FreeAttention
 from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
@@ -81,47 +85,6 @@ class Deepen:
     params: int
 
 
-@dataclass(frozen=True)
-class UseGraph:
-    """Go on with the model's traced graph in place of its own class, because its code has fixed sizes in it.
-
-    Attributes:
-        front: How the graph is made: ``symbolic``.
-    """
-
-    front: str
-
-
-@dataclass(frozen=True)
-class SetConstant:
-    """Give a node of the traced graph another constant.
-
-    Attributes:
-        node: Name of the node.
-        slot: Where among its arguments, e.g. ``args.1.0`` or ``kwargs.groups``.
-        number: The constant afterwards.
-    """
-
-    node: str
-    slot: str
-    number: float
-
-
-@dataclass(frozen=True)
-class SplitAt:
-    """Let a node of the traced graph that splits an axis evenly split it into parts of these sizes.
-
-    Attributes:
-        node: Name of the node.
-        axis: The axis.
-        sizes: Length of each part.
-    """
-
-    node: str
-    axis: int
-    sizes: tuple[int, ...]
-
-
 Edit = (
     Regroup
     | Reinitialise
@@ -134,6 +97,7 @@ Edit = (
     | SetConstant
     | SplitAt
     | Perturb
+    | Reroute
 )
 _KINDS: dict[str, type[Edit]] = {
     "regroup": Regroup,
@@ -147,6 +111,7 @@ _KINDS: dict[str, type[Edit]] = {
     "setconstant": SetConstant,
     "splitat": SplitAt,
     "perturb": Perturb,
+    "reroute": Reroute,
 }
 
 
@@ -186,12 +151,21 @@ def _edit(item: Any, position: int) -> Edit:
         value = item.get(field_.name)
         if not _FORMS[field_.name](value):
             raise PlanMismatchError(f"edit {position} of the plan: {field_.name} cannot be {value!r}")
-        values[field_.name] = tuple(value) if isinstance(value, list) else value
+        values[field_.name] = _frozen(value)
     return kind(**values)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at every depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _wholes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
 
 
 _FORMS: dict[str, Callable[[Any], bool]] = {
@@ -217,6 +191,9 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "slot": lambda value: isinstance(value, str) and value.startswith(("args.", "kwargs.")),
     "number": lambda value: isinstance(value, float | int) and not isinstance(value, bool),
     "sizes": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "source": lambda value: isinstance(value, str),
+    "pieces": lambda value: isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value),
+    "indices": lambda value: isinstance(value, list) and all(map(_wholes, value)),
     "choice": lambda value: isinstance(value, str),
     "container": lambda value: isinstance(value, str),
     "blocks": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),

@@ -155,19 +155,34 @@ def compare_cut(
 
 
 def run_silenced(edits: Sequence[Resize], model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Run the model before in float64 with every parameter zero where it was cut.
+    """Run the model before in float64 with every parameter zero where it was cut, and scaled where an edit says so.
 
     For units over which no statistic runs this is the zeroing reference, whatever the code does with values.
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model).double()
     tensors = dict(named_tensors(twin))
     with torch.no_grad():
-        for (name, axis), index in composed(edits).items():
+        for (name, axis), factors in _factors(edits).items():
             tensor = tensors[name]
-            gone = sorted(set(range(tensor.shape[axis])) - set(index.tolist()))
+            shaped = factors.to(tensor.device).reshape([-1 if a == axis else 1 for a in range(tensor.dim())])
             fill = 1.0 if name.endswith("running_var") else 0.0
-            tensor.index_fill_(axis, torch.tensor(gone, dtype=torch.long, device=tensor.device), fill)
+            tensor.copy_(torch.where(shaped == 0, fill, tensor * shaped))
     return run_doubled(twin, inputs)
+
+
+def _factors(edits: Sequence[Resize]) -> dict[tuple[str, int], Tensor]:
+    """For each axis that is cut, the factor of each old position after all edits: zero where it is gone."""
+    scales: dict[tuple[str, int], Labels] = {}
+    sizes = {(e.tensor, e.axis): e.size for e in reversed(edits)}
+    for edit in edits:
+        key, index = (edit.tensor, edit.axis), list(edit.index)
+        scales[key] = scales.get(key, np.ones(edit.size))[index] * np.array(edit.scale or 1.0)
+    found = {}
+    for key, kept in composed(edits).items():
+        factors = torch.zeros(sizes[key], dtype=torch.float64)
+        factors[torch.from_numpy(kept)] = torch.from_numpy(np.asarray(scales[key], np.float64))
+        found[key] = factors
+    return found
 
 
 def compare(name: str, wanted: Sequence[Tensor], model: nn.Module, inputs: Inputs, limit: float | None) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from morph.analysis import analyse
-from morph.analysis.edits import drops, times_of
+from morph.analysis.edits import closes_gates, drops, times_of
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError
 from morph.plan import Check, Perturb, Plan, Record, Reinitialise, Resize, Substitute
-from morph.removal import compare, compare_cut
+from morph.removal import LIMIT as CUT_LIMIT
+from morph.removal import compare, compare_cut, run_silenced
 from morph.tracing import try_inputs
 from morph.verify import require, same_function
 from morph.zeroing import run_doubled
@@ -60,7 +62,12 @@ def operate(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool) -> Op
     checks: tuple[Check, ...] = ()
     if verify:
         resizes = [edit for edit in preserving.edits if isinstance(edit, Resize)]
-        checks = (_zeroing(model, grown, resizes, inputs),) if drops(resizes) else same_function(model, grown, inputs)
+        if closes_gates(preserving):
+            checks = (_silenced(model, preserving, inputs),)
+        elif drops(resizes):
+            checks = (_zeroing(model, grown, resizes, inputs),)
+        else:
+            checks = same_function(model, grown, inputs)
     require(checks)
     if preserving != plan:
         grown = apply_plan(model, plan)
@@ -83,6 +90,13 @@ def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Inpu
     except RuntimeError:  # code that does other things where there is no data
         analysis = analyse(model, inputs, with_data=True)
         return compare_cut(cut, edits, times_of(analysis.state, edits), model, inputs, analysis)
+
+
+def _silenced(model: nn.Module, plan: Plan, inputs: Inputs) -> Check:
+    """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
+    cut = apply_plan(copy.deepcopy(model).double(), plan)
+    resizes = [edit for edit in plan.edits if isinstance(edit, Resize)]
+    return compare("parameters set to zero", run_silenced(resizes, model, inputs), cut, inputs, CUT_LIMIT)
 
 
 def replay(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool = True) -> Result:
@@ -160,7 +174,7 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
     if not checks:
         return "not verified: switched off"
     text = "outputs and input gradients in evaluation mode, float64, before and after"
-    if drops([edit for edit in plan.edits if isinstance(edit, Resize)]):
+    if closes_gates(plan) or drops([edit for edit in plan.edits if isinstance(edit, Resize)]):
         text = (
             "outputs in evaluation mode, float64: equal to those of the model before with zeros where its readers saw "
             "what was cut"

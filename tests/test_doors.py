@@ -21,6 +21,7 @@ ORDER = [
     "zoo",
     "files",
     "images",
+    "augmentation",
     "cifar",
     "sources",
     "sample",
@@ -32,6 +33,7 @@ ORDER = [
     "copying",
     "garbage",
     "random_edits",
+    "graph_edits",
     "plan",
     "scores",
     "twins",
@@ -45,7 +47,9 @@ ORDER = [
     "depth_policies",
     "configurations",
     "analysis",
+    "norm_counts",
     "graphs",
+    "rerouting",
     "resizing",
     "heads",
     "tensor_edits",
@@ -69,6 +73,14 @@ ORDER = [
     "surgery",
     "states",
     "pruning",
+    "baselines",
+    "readers",
+    "gate_sites",
+    "liveness",
+    "gate_latency",
+    "gate_weights",
+    "gate_removal",
+    "gating",
     "widening",
     "deepening",
     "depth_scaling",
@@ -76,8 +88,22 @@ ORDER = [
     "gains",
     "mixing",
     "substitution",
+    "apg",
+    "attaching",
+    "search_losses",
+    "search_budget",
+    "search_options",
+    "search_schedule",
+    "search_checkpoint",
+    "search_progress",
+    "search_loop",
+    "search_data",
+    "search_space",
+    "student_search",
     "report",
     "picture",
+    "search_picture",
+    "student_picture",
     "block_graph",
     "dot",
     "drawing",
@@ -123,7 +149,8 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("[] ['Analysis', 'Coupling', 'Plan', 'Record', 'Result', 'analyse'")
+    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
+    assert out.startswith(f"[] [{names}")
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():

@@ -24,7 +24,7 @@ from morph.errors import AnalysisError
 from morph.garbage import uncollected
 from morph.plan import Plan, Resize
 
-__all__ = ["Analysis", "Sizes", "analyse", "length_of"]
+__all__ = ["Analysis", "Sizes", "analyse", "analysis_of", "count_sizes", "length_of"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,16 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
     """
     admit(model, inputs)
     recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
+    return analysis_of(recording, frozenset(name for name, _ in model.named_parameters()))
+
+
+def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
+    """Find what hangs together in a recorded run.
+
+    Raises:
+        AnalysisError: If a rule does not fit its operator.
+    """
     state = propagate(recording, {**RULES, **USER_RULES})
-    parameters = frozenset(name for name, _ in model.named_parameters())
     axes = [
         Axis(value, a, state.final[labels])
         for value in recording.sources.values()

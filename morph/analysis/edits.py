@@ -8,7 +8,7 @@ import numpy as np
 
 from morph.analysis.atoms import Labels
 from morph.analysis.propagation import Propagation
-from morph.plan import Resize
+from morph.plan import Plan, Reroute, Resize
 
 
 def times_of(state: Propagation, edits: Sequence[Resize]) -> Labels:
@@ -56,3 +56,12 @@ def drops(edits: Sequence[Resize]) -> bool:
     for edit in edits:
         sizes.setdefault((edit.tensor, edit.axis), edit.size)
     return any(len(np.unique(index)) < sizes[key] for key, index in composed(edits).items())
+
+
+def closes_gates(plan: Plan) -> bool:
+    """Whether a plan takes gates out: readers read parts of what they read, or their weights are scaled in place."""
+    return any(
+        isinstance(edit, Reroute)
+        or (isinstance(edit, Resize) and bool(edit.scale) and len(set(edit.index)) == len(edit.index))
+        for edit in plan.edits
+    )

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from morph.analysis.bare import each_tensor, one_device, run_bare, with_data
+from morph.analysis.frames import user_frame
 from morph.analysis.leaves import quick_forward
 from morph.analysis.recording import (
     Call,
@@ -37,8 +34,6 @@ from morph.analysis.recording import (
 )
 from morph.errors import TraceError
 from morph.tracing import place_of
-
-_LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 
 
 def record(
@@ -90,8 +85,10 @@ def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module],
     return recording
 
 
-def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dict[str, Any]]:
-    """Record a traced graph without data.
+def record_nodes(
+    module: fx.GraphModule, inputs: Inputs, whole: tuple[type[nn.Module], ...] = ()
+) -> tuple[Recording, dict[str, Any]]:
+    """Record a traced graph without data; modules of the classes ``whole`` as one call.
 
     Returns:
         The recording, and what each node gave: values in place of tensors, numbers as they are.
@@ -109,7 +106,7 @@ def record_nodes(module: fx.GraphModule, inputs: Inputs) -> tuple[Recording, dic
             names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
             return Watch(module).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
 
-    recorder = _Recorder(module, "shapes", ())
+    recorder = _Recorder(module, "shapes", whole)
     recorder.runner = Runner()
     return recorder.run(inputs), given
 
@@ -296,7 +293,7 @@ class _Recorder(TorchDispatchMode):
         if not ready:
             args, kwargs = each_tensor((args, kwargs), self._value)
         result = each_tensor(output, self._result)
-        self.recording.calls.append(Call(target, args, kwargs, result, path, _frame()))
+        self.recording.calls.append(Call(target, args, kwargs, result, path, user_frame(_Recorder._call.__code__)))
 
     def _result(self, leaf: Tensor) -> Value:
         """The value of an output: the one it has, if an operator in place gave back its argument unchanged in form."""
@@ -329,21 +326,3 @@ def _outputs(output: Any) -> list[Tensor]:
     """Every tensor of an output, also of classes that keep them as attributes."""
     found = tensors_of(output)
     return found or (tensors_of(list(vars(output).values())) if hasattr(output, "__dict__") else [])
-
-
-def _frame() -> tuple[str, int, str]:
-    """The innermost line outside torch and morph, inside the model."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code is _Recorder._call.__code__:  # what lies above is whoever asked for the analysis
-            break
-        if not _is_library(code.co_filename):
-            return code.co_filename, frame.f_lineno, code.co_name
-        frame = frame.f_back  # type: ignore[assignment]
-    return "", 0, ""
-
-
-@functools.cache
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARIES)

@@ -1,0 +1,331 @@
+"""Where gates go: in front of which readers, for which of the channels that they read."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import fx, nn
+
+from morph.analysis.atoms import Labels
+from morph.analysis.borders import Border
+from morph.analysis.recording import Inputs, skeleton
+from morph.errors import EditError
+from morph.graphs import graph_of
+from morph.passes.gates import Tap
+from morph.readers import Graphed, Mask, Reader, graphed
+
+Where = Literal["auto", "producer", "connection"]
+Kind = Literal["producer", "connection"]
+_BORDER = "morph_border_"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Gates that belong together.
+
+    Attributes:
+        name: Path of the reader in front of which they stand; with ``where="producer"`` the name of their coupling.
+        gates: How many, k.
+        kind: ``producer`` if a closed gate takes the channel from whoever makes it, ``connection`` if it takes it from
+            this reader alone.
+        module: Path of the module that makes the channels (``producer``) or reads them (``connection``).
+        couplings: Names of the couplings of the model that they lie on.
+        sources: ``k`` paths: who makes the channel of each gate.
+        readers: Paths of the modules that read them.
+        taps: Where the gates act in the traced graph.
+        units: ``[k]`` number of the unit of each gate, in the analysis of the graph with borders.
+    """
+
+    name: str
+    gates: int
+    kind: Kind
+    module: str
+    couplings: tuple[str, ...]
+    sources: tuple[str, ...]
+    readers: tuple[str, ...]
+    taps: tuple[Tap, ...]
+    units: Labels
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All sites of a model.
+
+    Attributes:
+        sites: In the order of execution.
+        bordered: The graph with a border wherever a reader may take fewer channels than its source has.
+        borders: For each border's node, the node that reads it.
+        left: Why readers have no gates, by path.
+    """
+
+    sites: tuple[Site, ...]
+    bordered: Graphed
+    borders: Mapping[str, str]
+    left: Mapping[str, str]
+
+
+def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
+    """Decide where gates go.
+
+    Args:
+        model: Not touched.
+        inputs: Example inputs.
+        where: See `morph.gating.gate`.
+
+    Raises:
+        TraceError: If the model cannot be traced symbolically.
+        EditError: If there is no channel that can be gated.
+    """
+    plain = graphed(graph_of(skeleton(model)), inputs)
+    chosen = _chosen(plain)
+    connections = [
+        r
+        for r in plain.readers
+        if not r.through and (where == "connection" or (where == "auto" and _reused(plain, chosen, r)))
+    ]
+    graph = graph_of(skeleton(model))
+    left = dict(plain.unread)
+    borders: dict[str, str] = {}
+    for reader in connections:
+        top = _top(plain, reader)
+        if top is None:
+            left[reader.path] = "it reads the input of the model"
+        else:
+            borders[_border(graph, *top, reader.axis, len(borders))] = reader.path
+    graph.graph.lint()
+    graph.recompile()
+    bordered = graphed(graph, inputs)
+    found = _sites(plain, bordered, set(borders.values()), where, left)
+    sites = tuple(found)
+    if not sites:
+        reasons = sorted(set(left.values()))
+        raise EditError(
+            f"{type(model).__name__} has no channel that can be gated"
+            + (f": {'; '.join(reasons[:3])}" if reasons else "")
+        )
+    readers_of = {n.name: next(iter(n.users)).name for n in graph.graph.nodes if n.name in borders}
+    return Layout(sites, bordered, readers_of, left)
+
+
+def _chosen(graph: Graphed) -> dict[str, Mask]:
+    """For each reader's node which of its pairs of unit and position can be gated there.
+
+    A unit must be over no statistic and be read by readers alone. Where units overlap, as whole groups and the
+    positions inside them do, those whose positions lie together come first; one that another reader cannot have is out.
+    """
+    picked: dict[str, Mask] = {}
+    refused: set[int] = set()
+    for reader in graph.readers:
+        keep = ~graph.pinned[reader.units]
+        if len(np.unique(reader.positions[keep])) < keep.sum():
+            keep &= np.isin(reader.units, _disjoint(reader, keep))
+        picked[reader.node] = keep
+        refused.update(reader.units[~keep].tolist())
+    out = np.array(sorted(refused), np.int64)
+    return {r.node: picked[r.node] & ~np.isin(r.units, out) for r in graph.readers}
+
+
+def _disjoint(reader: Reader, keep: Mask) -> list[int]:
+    """Units that share no position, those whose positions lie closest together first."""
+    members: dict[int, list[int]] = collections.defaultdict(list)
+    for unit, position in zip(reader.units[keep].tolist(), reader.positions[keep].tolist(), strict=True):
+        members[unit].append(position)
+    taken: set[int] = set()
+    found = []
+    for unit in sorted(members, key=lambda u: (max(members[u]) - min(members[u]), members[u][0])):
+        if taken.isdisjoint(members[unit]):
+            taken.update(members[unit])
+            found.append(unit)
+    return found
+
+
+def _reused(graph: Graphed, chosen: Mapping[str, Mask], reader: Reader) -> bool:
+    """Whether a reader must have gates of its own: some channel has another reader, or none that can go by itself."""
+    covered = np.zeros(len(reader.roots), bool)
+    here = chosen[reader.node]
+    covered[reader.positions[here]] = True
+    own = np.unique(reader.units[here])
+    others = [np.isin(own, r.units).any() for r in graph.readers if r is not reader]
+    return not covered.all() or any(others)
+
+
+def _top(graph: Graphed, reader: Reader) -> tuple[str, str] | None:
+    """The highest edge ``(source, node)`` that only ``reader`` lies behind, channel by channel; None at an input."""
+    nodes = {node.name: node for node in graph.graph.graph.nodes}
+    calls = collections.Counter(n.target for n in nodes.values() if n.op == "call_module")
+    source, node = nodes[reader.source], nodes[reader.node]
+    while source.op != "placeholder" and _channelwise(graph, source, reader, calls):
+        node, source = source, source.all_input_nodes[0]
+    return None if source.op == "placeholder" else (source.name, node.name)
+
+
+def _channelwise(graph: Graphed, node: fx.Node, reader: Reader, calls: Mapping[object, int]) -> bool:
+    """Whether a node hands each channel on by itself, to one node alone, so that a border can stand above it."""
+    if len(node.users) != 1 or len(node.all_input_nodes) != 1:
+        return False
+    above, here = graph.roots(node.all_input_nodes[0].name), graph.roots(node.name)
+    if min(len(above), len(here)) <= reader.axis or not here[reader.axis].all():
+        return False
+    if not np.array_equal(above[reader.axis], here[reader.axis]) or _mixes(graph, node, here[reader.axis]):
+        return False
+    module = graph.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and calls[node.target] > 1 and any(True for _ in module.parameters()):
+        return False
+    shared = len(node.all_input_nodes[0].users) > 1
+    return not (shared and _in_place(node, module))
+
+
+def _mixes(graph: Graphed, node: fx.Node, roots: Labels) -> bool:
+    """Whether a node sums over these channels, or computes a statistic over them."""
+    if any(r.node == node.name and len(r.units) for r in graph.readers):
+        return True
+    state, calls = graph.analysis.state, graph.analysis.recording.calls
+    path = str(node.target) if node.op == "call_module" else None
+    read = [graph.values.get(n.name) for n in node.all_input_nodes]
+    own = set(roots.tolist())
+    over = [(s.call, s.value, labels) for s in state.statistics for labels in s.labels]
+    over += [(s.call, value, state.tag(value).axes[axis]) for s in state.sums for value, axis in s.operands[:1]]
+    return any(
+        (calls[call].module == path or any(value is v for v in read))
+        and not own.isdisjoint(state.atoms.find(labels).tolist())
+        and not any(r.node == node.name for r in graph.readers)
+        for call, value, labels in over
+    )
+
+
+def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node writes over what it reads."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return bool(
+        getattr(module, "inplace", False) or node.kwargs.get("inplace") or (module is None and name.endswith("_"))
+    )
+
+
+def _border(graph: fx.GraphModule, source: str, node: str, axis: int, number: int) -> str:
+    """Put a border on an edge."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    graph.add_module(f"{_BORDER}{number}", Border(axis))
+    with graph.graph.inserting_before(nodes[node]):
+        border = graph.graph.call_module(f"{_BORDER}{number}", (nodes[source],))
+    nodes[node].replace_input_with(nodes[source], border)
+    return border.name
+
+
+def _sites(
+    plain: Graphed, bordered: Graphed, connected: set[str], where: Where, left: dict[str, str]
+) -> Iterator[Site]:
+    """The sites, in the order of execution."""
+    chosen = _chosen(bordered)
+    count = np.zeros(bordered.analysis.units.count, np.int64)
+    for reader in bordered.readers:
+        count[np.unique(reader.units)] += 1
+    names = _Names(plain)
+    if where == "producer":
+        yield from _by_coupling(bordered, chosen, names)
+        return
+    before = {reader.path: reader for reader in plain.readers}
+    for reader in bordered.readers:
+        keep = chosen[reader.node] & (count[reader.units] == 1)
+        units, positions = reader.units[keep], reader.positions[keep]
+        if reader.through:
+            continue
+        if reader.path in left or not len(units):
+            left.setdefault(reader.path, _why_not(reader))
+            continue
+        own, index, first = _numbered(units, positions, len(reader.roots))
+        couplings, sources = names.of(before[reader.path], first)
+        connection = reader.path in connected
+        yield Site(
+            name=reader.path,
+            gates=len(own),
+            kind="connection" if connection else "producer",
+            module=reader.path if connection else sources[0],
+            couplings=couplings,
+            sources=sources,
+            readers=(reader.path,),
+            taps=(Tap(reader.node, index),),
+            units=own,
+        )
+
+
+def _by_coupling(graph: Graphed, chosen: Mapping[str, Mask], names: _Names) -> Iterator[Site]:
+    """One site for each coupling, whose gates all its readers share."""
+    for name, numbers in graph.analysis.numbers.items():
+        held = [r.units[chosen[r.node] & np.isin(r.units, numbers)] for r in graph.readers]
+        own = np.unique(np.concatenate(held))
+        taps, readers = [], []
+        for reader in graph.readers:
+            here = chosen[reader.node] & np.isin(reader.units, own)
+            if here.any():
+                index = np.full(len(reader.roots), -1, np.int64)
+                index[reader.positions[here]] = np.searchsorted(own, reader.units[here])
+                taps.append(Tap(reader.node, tuple(index.tolist())))
+                readers.append(reader.path)
+        if taps:
+            maker = names.maker(name)
+            yield Site(
+                name=name,
+                gates=len(own),
+                kind="producer",
+                module=maker,
+                couplings=(name,),
+                sources=(maker,) * len(own),
+                readers=tuple(readers),
+                taps=tuple(taps),
+                units=own,
+            )
+
+
+def _numbered(units: Labels, positions: Labels, length: int) -> tuple[Labels, tuple[int, ...], Labels]:
+    """Units in the order of their first positions; the gate of each position; the first position of each gate."""
+    order = np.argsort(positions, kind="stable")
+    _, first, inverse = np.unique(units[order], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    index = np.full(length, -1, np.int64)
+    index[positions[order]] = rank[inverse]
+    starts = order[np.sort(first)]
+    return units[starts], tuple(index.tolist()), positions[starts]
+
+
+def _why_not(reader: Reader) -> str:
+    if not reader.roots.any():
+        return "all that it reads is fixed by an operator without a rule, or by the shape of the input"
+    return "what it reads cannot go by itself"
+
+
+class _Names:
+    """Who makes a channel, and on which coupling of the model it lies."""
+
+    def __init__(self, plain: Graphed) -> None:
+        self.plain = plain
+        self.owner: dict[int, str] = {}
+        for name, numbers in plain.analysis.numbers.items():
+            for number in numbers.tolist():
+                self.owner.setdefault(number, name)
+        chosen = _chosen(plain)
+        self.chosen = {u for r in plain.readers for u in r.units[chosen[r.node]].tolist()}
+
+    def maker(self, coupling: str) -> str:
+        """Path of the module whose weight makes the channels of a coupling."""
+        places = self.plain.analysis.couplings[coupling].places
+        sources = self.plain.analysis.recording.sources
+        made = [p.tensor for p in places if p.axis == 0 and len(sources[p.tensor].shape) > 1]
+        return (made or [places[0].tensor])[0].rpartition(".")[0]
+
+    def of(self, reader: Reader, positions: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The couplings at some positions of what a reader reads, and who makes each position."""
+        units, places = self.plain.analysis.units.on(reader.roots)
+        best: dict[int, str] = {}
+        for unit, place in zip(units.tolist(), places.tolist(), strict=True):
+            if place not in best or unit in self.chosen:
+                best[place] = self.owner[unit]
+        node = next(n for n in self.plain.graph.graph.nodes if n.name == reader.source)
+        other = str(node.target) if node.op == "call_module" else node.name
+        found = [best.get(p) for p in positions.tolist()]
+        makers = {name: self.maker(name) for name in set(found) if name}
+        couplings = tuple(dict.fromkeys(name for name in found if name))
+        return couplings, tuple(makers[name] if name else other for name in found)

@@ -1,0 +1,258 @@
+"""Channel gates: put them into a model, count what closing them saves, and take them out again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from morph.analysis import Sizes, count_sizes
+from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
+from morph.cut import apply_plan
+from morph.errors import TargetError
+from morph.gate_removal import bare_graph, class_plan, graph_plan, plan_removal
+from morph.gate_sites import Layout, Site, Where, lay_out
+from morph.gate_weights import Measure, saved
+from morph.graphs import graph_of
+from morph.liveness import Closing, Liveness
+from morph.norm_counts import batch_norm_operations
+from morph.passes.gates import HOME, gates_of, insert_gates
+from morph.plan import Record
+from morph.pruning import batch_of
+from morph.removal import LIMIT, compare
+from morph.surgery import Result, environment
+from morph.verify import require
+from morph.zeroing import run_doubled
+
+Masks = Mapping[str, Tensor]
+
+
+class Gated:
+    """A model with gates.
+
+    Attributes:
+        model: The traced graph with `morph.passes.gates.Gate` modules; train it as any module. Its other parameters
+            have the names that they have in the model that came in.
+        sites: Where the gates are, in the order of execution.
+        left: Why layers have no gates in front of them, by path.
+    """
+
+    def __init__(self, source: nn.Module, inputs: Inputs, layout: Layout, where: Where) -> None:
+        self.model: fx.GraphModule = graph_of(source)
+        self.sites: tuple[Site, ...] = layout.sites
+        self.left: Mapping[str, str] = layout.left
+        self._source, self._inputs, self._layout, self._where = copy.deepcopy(source), inputs, layout, where
+        ranks = {reader.node: reader.rank for reader in layout.bordered.readers}
+        insert_gates(self.model, {site.name: (site.gates, site.taps) for site in self.sites}, ranks)
+        self._liveness = Liveness(layout)
+        self._batch = batch_of(inputs)
+
+    @property
+    def total(self) -> int:
+        """Number of gates."""
+        return sum(site.gates for site in self.sites)
+
+    def closed(self) -> dict[str, Tensor]:
+        """For each site a mask ``[k]``: the gates that are exactly zero."""
+        return {name: gate.weight.detach() == 0 for name, gate in self._gates().items()}
+
+    def sizes(self, closed: Masks | None = None) -> Sizes:
+        """Parameters, and multiply-adds of one sample, of the network that `remove` would give.
+
+        Args:
+            closed: For each site a mask ``[k]``; sites that are left out are open. None counts the network whole.
+
+        Raises:
+            TargetError: If a site does not exist, or a mask is not of its length.
+        """
+        return self._count(self._close(closed or {}))
+
+    def norm_operations(self, closed: Masks) -> int:
+        """Two for each element of a batch norm, for one sample, of the network that `remove` would give.
+
+        Args:
+            closed: As in `sizes`.
+
+        Raises:
+            TargetError: As `sizes`.
+        """
+        analysis = self._layout.bordered.analysis
+        return batch_norm_operations(analysis, self._close(closed).times) // self._batch
+
+    def weights(self, measure: Measure) -> dict[str, Tensor]:
+        """How much closing each gate alone saves, over the largest such saving: alpha_j in (0, 1].
+
+        A gate of a connection is charged what its own reader saves: columns of its weight, and a norm that only it
+        looks through. The rows of whoever makes the channel go when its last reader closes it, and `sizes` counts
+        that, but no single gate is charged with it. Source: Gu & Tresp, ECAI 2020, Eq. 3.
+
+        Args:
+            measure: ``macs``, ``params``; ``memory``: elements that layers read and give; ``latency``: measured for
+                each layer at half and at full width and interpolated, so it follows the machine; ``none``: ones.
+
+        Returns:
+            For each site ``[k]`` float32.
+
+        Raises:
+            TargetError: If ``measure`` is none of these.
+        """
+        return saved(self._layout, measure, self._plain())
+
+    def remove(self, closed: Masks | None = None) -> Result:
+        """Take the gates out: closed channels go, what open gates multiply goes into the weights of the readers.
+
+        A channel goes from whoever makes it when all its readers have closed it, and from the reader alone otherwise.
+        A layer whose outputs nobody reads any more leaves whole. A reader that would have nothing left keeps one
+        channel with weights of zero, and the record says which.
+
+        Args:
+            closed: For each site a mask ``[k]`` of gates that count as zero; those that are zero if absent.
+
+        Returns:
+            A plain module: of the model's own class where every reader reads all that its source still has and the
+            code can carry it, else its traced graph. The check compares it, in float64, with the gated model whose
+            closed gates are zero.
+
+        Raises:
+            TargetError: If a site does not exist, or a mask is not of its length.
+            EditError: If no form of the model can carry it.
+            CheckFailedError: If the result differs from the gated model.
+        """
+        masks = dict(self.closed() if closed is None else closed)
+        closing = self._close(masks)
+        gates = {
+            name: torch.where(masks[name].to(gate.weight.device), 0.0, gate.weight.detach())
+            if name in masks
+            else gate.weight.detach()
+            for name, gate in self._gates().items()
+        }
+        removal = plan_removal(self._layout, closing, gates)
+        plain = self._plain()
+        inputs = self._moved()
+        own = class_plan(plain, inputs, removal)
+        plan = graph_plan(self._layout, closing, removal, bare_graph(plain)) if isinstance(own, str) else own
+        model = apply_plan(plain, plan)
+        wanted = run_doubled(self._with(gates), inputs)
+        check = compare("gated model", wanted, apply_plan(copy.deepcopy(plain).double(), plan), inputs, LIMIT)
+        require((check,))
+        rounding = compare("as returned", wanted, model, inputs, LIMIT)
+        record = Record(
+            command="remove-gates",
+            options={"where": self._where},
+            plan=plan,
+            before=asdict(self.sizes()),
+            after=asdict(self.sizes(masks)),
+            checks=(check,),
+            details={
+                **self._details(masks, closing),
+                "form": "graph" if isinstance(own, str) else "class",
+                "why_graph": own if isinstance(own, str) else "",
+                "training_only_params": sum(
+                    p.numel() for name, p in plain.named_parameters() if name not in removal.tensors
+                ),
+                "rounding": rounding.max_abs_diff,
+            },
+            environment=environment(self.model, tensors_of(arguments_of(inputs))[0]),
+        )
+        return Result(model, record)
+
+    def _details(self, masks: Masks, closing: Closing) -> dict[str, Any]:
+        """What the record says."""
+        shut = {name: int(mask.sum()) for name, mask in masks.items()}
+        return {
+            "weight_preserving": False,
+            "verified": "outputs in evaluation mode, float64: equal to those of the gated model whose closed gates are "
+            "zero; in the type of the weights, gates that are not one round once",
+            "gates_total": self.total,
+            "gates_open": self.total - sum(shut.values()),
+            "sites": [
+                {"name": s.name, "kind": s.kind, "gates": s.gates, "closed": shut.get(s.name, 0)} for s in self.sites
+            ],
+            "kept": [{"site": name, "gates": list(gates)} for name, gates in closing.kept.items()],
+            "layers_gone": list(closing.dead),
+            "ungated": dict(self.left),
+        }
+
+    def _gates(self) -> dict[str, Any]:
+        return gates_of(self.model)
+
+    def _close(self, closed: Masks) -> Closing:
+        widths = {site.name: site.gates for site in self.sites}
+        for name, mask in closed.items():
+            if name not in widths:
+                raise TargetError(f"no gates at {name!r}; there are gates at {', '.join(list(widths)[:3])} ...")
+            if tuple(mask.shape) != (widths[name],):
+                raise TargetError(f"{name} has {widths[name]} gates, got a mask of shape {list(mask.shape)}")
+        return self._liveness.close(closed, {name: gate.weight.detach() for name, gate in self._gates().items()})
+
+    def _count(self, closing: Closing) -> Sizes:
+        """Parameters and multiply-adds of one sample of what stays."""
+        analysis = self._layout.bordered.analysis
+        sizes = count_sizes(analysis, closing.times)
+        left = 0
+        for name in closing.leaving & analysis.parameters:
+            axes = analysis.state.tag(analysis.recording.sources[name]).axes
+            left += math.prod(int(closing.times[a].sum()) if len(a) > 1 else len(a) for a in axes)
+        return Sizes(sizes.params - left, sizes.macs // self._batch)
+
+    def _plain(self) -> nn.Module:
+        """The model that came in, with the tensors that the gated one has now."""
+        plain = copy.deepcopy(self._source)
+        now = dict(named_tensors(self.model))
+        with torch.no_grad():
+            for name, tensor in named_tensors(plain):
+                if name in now:
+                    tensor.data = now[name].detach().clone()
+        flags = {path: m.training for path, m in self.model.named_modules() if not path.startswith(HOME)}
+        for path, module in plain.named_modules():
+            module.training = flags.get(path, self.model.training)
+        return plain
+
+    def _with(self, values: Masks) -> fx.GraphModule:
+        """A float64 copy of the gated model with these gates."""
+        twin = copy.deepcopy(self.model).double()
+        with torch.no_grad():
+            for name, gate in gates_of(twin).items():
+                gate.weight.copy_(values[name])
+        return twin
+
+    def _moved(self) -> Inputs:
+        """The example inputs where the model is now."""
+        device = next(self.model.parameters()).device
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device), self._inputs)  # type: ignore[no-any-return]
+
+
+def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gated:
+    """Put a multiplicative gate, one at birth, in front of what layers read.
+
+    A gate stands right before its reader, behind norm and activation, so that a gate of zero is exactly what a cut
+    means: that reader sees zero. Outputs stay the same to the bit, and every gate has a gradient.
+
+    Args:
+        model: Any module that `torch.fx` can trace symbolically; not touched.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
+        where: ``producer``: one gate for each unit that can be cut, shared by all its readers. ``connection``: each
+            reader has gates of its own, one for each position that it reads. ``auto``: ``producer`` where a channel
+            has one reader, ``connection`` where tensors are concatenated or reused, as the paper does for DenseNet.
+
+    Raises:
+        TraceError: If the model cannot be traced or does not accept the inputs; names the line.
+        EditError: If there is nothing to gate; says why.
+        TargetError: If ``where`` is none of these.
+
+    Example:
+        >>> import torch, morph
+        >>> from morph.zoo import build
+        >>> gated = morph.gate(build("densenet-bc-10-4"), torch.randn(2, 3, 32, 32))
+        >>> gated.total, gated.sites[0].name
+        (144, 'stages.0.0.conv1')
+    """
+    if where not in ("auto", "producer", "connection"):
+        raise TargetError(f"where is auto, producer or connection, got {where!r}")
+    return Gated(model, example_inputs, lay_out(model, example_inputs, where), where)

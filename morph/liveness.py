@@ -1,0 +1,139 @@
+"""Which channels nobody reads any more, once some gates are closed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from morph.analysis.atoms import Labels
+from morph.gate_sites import Layout
+from morph.readers import Mask, Reader
+
+
+@dataclass(frozen=True, eq=False)
+class Closing:
+    """What goes when gates are closed.
+
+    Attributes:
+        times: For each label 0 if it is gone, 1 if not.
+        kept: For each site the closed gates whose channel stays all the same, because a reader would have none left.
+        dead: Paths of the readers that nobody needs any more.
+        leaving: Names of the parameters and buffers that only they and what leads to them alone use.
+    """
+
+    times: Labels
+    kept: Mapping[str, tuple[int, ...]]
+    dead: tuple[str, ...]
+    leaving: frozenset[str]
+
+
+class Liveness:
+    """Follows closed gates through the graph with borders: a channel goes when all its readers have closed it.
+
+    Args:
+        layout: The sites.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.graph = layout.bordered
+        self.units = self.graph.analysis.units
+        self.final = self.graph.analysis.state.atoms.roots()
+        readers = self.graph.readers
+        self.used_unit, self.used_by = _pairs([r.units for r in readers])
+        self.made, self.maker = _pairs([r.made for r in readers])
+        through = [self._through(name) for name in layout.borders]
+        self.border_unit = np.concatenate([t[0] for t in through] or [np.zeros(0, np.int64)])
+        self.border_out = np.concatenate([t[1] for t in through] or [np.zeros(0, np.int64)])
+        used = np.zeros(self.units.count, bool)
+        used[self.used_unit] = used[self.border_unit] = True
+        self.loose = used & ~self.graph.pinned
+
+    def _through(self, border: str) -> tuple[Labels, Labels]:
+        """The units in front of a border, and the label behind it at the same position."""
+        node = next(n for n in self.graph.graph.graph.nodes if n.name == border)
+        axis = self.graph.graph.get_submodule(str(node.target)).axis
+        assert isinstance(axis, int)
+        before = self.graph.roots(node.all_input_nodes[0].name)[axis]
+        unit, position = self.units.on(before)
+        return unit, self.graph.roots(border)[axis][position]
+
+    def close(self, closed: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Closing:
+        """Close gates.
+
+        Args:
+            closed: For each site a mask ``[k]``; sites that are left out are open.
+            values: For each site its gates ``[k]``; where one closed gate must stay, the largest does.
+        """
+        masks = {name: np.asarray(mask.detach().cpu().numpy(), bool).copy() for name, mask in closed.items()}
+        kept: dict[str, list[int]] = {}
+        while True:
+            times, dead = self._spread(masks)
+            hungry = [
+                reader
+                for number, reader in enumerate(self.graph.readers)
+                if not dead[number] and not times[reader.roots].any()
+            ]
+            if not hungry:
+                break
+            name, gate = self._best(hungry[0], masks, values)
+            masks[name][gate] = False
+            kept.setdefault(name, []).append(gate)
+        gone = tuple(r.path for number, r in enumerate(self.graph.readers) if dead[number])
+        leaving = self._leaving(times) if gone else frozenset()
+        return Closing(times[self.final], {name: tuple(sorted(gates)) for name, gates in kept.items()}, gone, leaving)
+
+    def _leaving(self, times: Labels) -> frozenset[str]:
+        """Tensors that only nodes use that are empty, or that only such nodes read."""
+        gone: set[str] = set()
+        used: dict[bool, set[str]] = {True: set(), False: set()}
+        for node in reversed(self.graph.graph.graph.nodes):
+            empty = any(len(roots) and not times[roots].any() for roots in self.graph.roots(node.name))
+            leaves = empty or (bool(node.users) and all(user.name in gone for user in node.users))
+            if leaves:
+                gone.add(node.name)
+            if node.op in ("call_module", "get_attr"):
+                used[leaves].add(str(node.target))
+        left = used[True] - used[False]
+        names = self.graph.analysis.recording.sources
+        return frozenset(name for name in names if name in left or name.rpartition(".")[0] in left)
+
+    def _spread(self, masks: Mapping[str, Mask]) -> tuple[Labels, Mask]:
+        """What is gone, by final label, and which readers make nothing that anybody reads."""
+        gone = np.zeros(self.units.count, bool)
+        for site in self.layout.sites:
+            if site.name in masks:
+                gone[site.units[masks[site.name]]] = True
+        count = len(self.graph.readers)
+        while True:
+            times = np.ones(self.graph.analysis.state.atoms.count, np.int64)
+            times[self.units.atom[gone[self.units.unit]]] = 0
+            dead = np.bincount(self.maker, weights=times[self.made], minlength=count) == 0
+            alive = np.zeros(self.units.count, bool)
+            alive[self.used_unit[~dead[self.used_by]]] = True
+            alive[self.border_unit[times[self.border_out] != 0]] = True
+            more = gone | (self.loose & ~alive)
+            if (more == gone).all():
+                return times, dead
+            gone = more
+
+    def _best(self, reader: Reader, masks: Mapping[str, Mask], values: Mapping[str, Tensor]) -> tuple[str, int]:
+        """Of the closed gates in front of a reader, the one that stays: the largest, or the first of equals."""
+        best, found = -1.0, ("", -1)
+        for site in self.layout.sites:
+            for gate in sorted({i for tap in site.taps if tap.reader == reader.node for i in tap.index if i >= 0}):
+                size = float(values[site.name][gate].abs()) if site.name in masks and masks[site.name][gate] else -1.0
+                if size > best:
+                    best, found = size, (site.name, gate)
+        assert found[0], reader.path
+        return found
+
+
+def _pairs(arrays: list[Labels]) -> tuple[Labels, Labels]:
+    """The arrays one after another, and for each number which array it is from."""
+    if not arrays:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(arrays), np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])

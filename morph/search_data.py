@@ -1,0 +1,57 @@
+"""Whether a teacher and its data fit, before anything is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from morph.augmentation import Augmented
+from morph.batches import Data, one_round
+from morph.errors import DataError
+from morph.images import LabelledImages
+from morph.tracing import evaluation, try_inputs
+
+
+def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> Tensor:
+    """Two samples or more on the device of the teacher, after a look at whether teacher and data fit.
+
+    Raises:
+        DataError: If there is no batch, the teacher does not give logits, or the classes are others.
+        TraceError: If the teacher does not accept the inputs.
+    """
+    device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    first = next(one_round(data, max(2, batch_size), seed, device), None)
+    if first is None or not len(first[0]):
+        raise DataError("the data gave no batch")
+    inputs = first[0][:2] if len(first[0]) > 1 else torch.cat([first[0]] * 2)
+    try_inputs(teacher, (inputs,))
+    with evaluation(teacher), torch.no_grad():
+        logits = teacher(inputs)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the teacher gives {got}; expected logits [N, classes]")
+    _check_classes(data, first[1], logits.shape[1])
+    return inputs
+
+
+def _check_classes(data: Data, labels: Tensor, classes: int) -> None:
+    """The labels must be the teacher's classes: all of them where they are known, else those of the first batch."""
+    if isinstance(data, Augmented):
+        data = data.images
+    if isinstance(data, LabelledImages):
+        labels = data.labels
+        if data.classes is not None and len(data.classes) != classes:
+            raise DataError(
+                f"the teacher tells {classes} classes apart, {data.source} has {len(data.classes)}; give data of the "
+                "teacher's classes"
+            )
+    elif isinstance(data, tuple):
+        labels = data[1]
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise DataError(f"labels of {labels.dtype} and shape {tuple(labels.shape)}; expected whole numbers [N]")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise DataError(
+            f"the teacher tells {classes} classes apart, the data has label {wrong}; give data of the teacher's classes"
+        )

@@ -1,0 +1,246 @@
+"""The steps of a search: weights and gates learn together until the network that would come out is small enough.
+
+Devices, precision and several processes are Lightning Fabric's business.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import cast
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricOptimizer
+from torch import Tensor, nn
+
+from morph.attaching import attach_gates
+from morph.batches import Batch, Data, one_round, round_length
+from morph.errors import DataError, SearchError
+from morph.search_budget import Meter, also, close_in_order
+from morph.search_checkpoint import load, random_states, save, set_random_states
+from morph.search_losses import kl_divergence
+from morph.search_options import GATE_MOMENTUM, SearchLoss, SearchOptions
+from morph.search_progress import Found, Keep, Progress
+from morph.search_schedule import distances, learning_rate, needed_lambda2, order_of_closing
+
+_ROUND = 1_000_003  # between the seeds of two rounds
+
+
+class Search:
+    """A search that can be stopped, saved and taken up.
+
+    Args:
+        model: The gated model, with the teacher's weights; learns in place.
+        teacher: Not touched.
+        gates: Its gates by name.
+        alpha: Their weights in the penalty.
+        meter: Counts what would come out.
+        target: Largest size allowed.
+        data: Batches.
+        loss: What is minimised beside the penalty.
+        options: All numbers.
+        fabric: Runs it.
+        keep: Where its state is kept, and how often; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        gates: dict[str, nn.Module],
+        alpha: dict[str, Tensor],
+        meter: Meter,
+        target: int,
+        data: Data,
+        loss: SearchLoss,
+        options: SearchOptions,
+        fabric: Fabric,
+        keep: Keep | None,
+    ) -> None:
+        self.meter, self.target, self.data, self.loss = meter, target, data, loss
+        self.options, self.fabric, self.keep = options, fabric, keep
+        self.length = round_length(data, options.batch_size)
+        self.steps = options.epochs * self.length
+        self.teacher = fabric.to_device(copy.deepcopy(teacher)).eval().requires_grad_(False)
+        self.model = fabric.setup_module(model.train())
+        self.alpha = meter.flat.join(alpha)
+        numbers = {id(gate.weight) for gate in gates.values()}
+        weights = [p.requires_grad_(True) for p in model.parameters() if id(p) not in numbers]  # teachers may be frozen
+        base = torch.optim.SGD(weights, options.lr, options.momentum, weight_decay=options.weight_decay)
+        numbers_of_gates = {"lr": options.gate_lr, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
+        self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)
+        self.base, self.optimizer = base, cast(_FabricOptimizer, fabric.setup_optimizers(base))
+        self.before = self.sparse()  # the sparse iterate when sizes were counted last
+        self.next_look = 0  # the step from which on the penalty is looked at again
+        self.found = Found(lambda2=[[0, options.lambda2]])
+
+    def sparse(self) -> Tensor:
+        """The sparse iterate of all gates, ``[total]``, on the CPU."""
+        return self.meter.flat.join({name: self.apg.sparse(name) for name in self.meter.flat.lengths})
+
+    def run(
+        self, on_progress: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> Found:
+        """Go on until the budget is met.
+
+        Raises:
+            SearchError: If the loss is not finite.
+            DataError: If the data ends.
+            KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self.fabric.device)
+        try:
+            for batch in self._batches():
+                loss, logits, wanted = self._step(batch)
+                finite &= torch.isfinite(loss)
+                self.found.step += 1
+                last, stop = self.found.step >= self.steps, should_stop is not None and should_stop()
+                saves = self.keep is not None and self.found.step % (self.keep.every or self.length) == 0
+                counts = self.found.step % self.options.count_every == 0
+                if last or stop or saves or counts:
+                    self._require_finite(finite, loss)
+                if (last or counts) and (self._count(loss, logits, wanted, on_progress) or last):
+                    return self._finish()
+                if stop or saves:
+                    self.save()
+                if stop:
+                    raise KeyboardInterrupt
+        except DataError as error:
+            self.save()
+            raise DataError(f"{error}{self._kept()}") from error
+        raise AssertionError  # the batches do not end by themselves
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from the present step on; of each a share for each process."""
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        while True:
+            number, skip = divmod(self.found.step, self.length)
+            states = random_states()
+            seed = self.options.seed + _ROUND * (number + 1)
+            batches = one_round(self.data, self.options.batch_size, seed, self.fabric.device)
+            if skip:  # taken up in the middle of a round
+                collections.deque(islice(batches, skip), maxlen=0)
+                set_random_states(states)
+            for x, y in batches:
+                yield x[rank::world], y[rank::world]
+            if self.found.step < (number + 1) * self.length:
+                done = self.found.step - number * self.length
+                raise DataError(f"the data ended early: round {number + 1} gave {done} of {self.length} batches")
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One step of weights and gates."""
+        x, y = batch
+        wanted = None
+        if self.loss.needs_teacher:
+            with torch.no_grad(), self.fabric.autocast():
+                wanted = self.teacher(x)
+        for group in self.base.param_groups[:-1]:  # the last one is that of the gates
+            group["lr"] = learning_rate(self.options.lr, self.found.step, self.steps)
+        self.optimizer.zero_grad()
+        logits = self.model(x)
+        wanted = None if wanted is None else wanted.to(logits.dtype)  # the teacher's are coarse in mixed precision
+        loss = self.loss(logits, cast(Tensor, wanted), y).mean()  # a loss that needs no teacher does not look
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        return loss.detach(), logits.detach(), wanted
+
+    def _require_finite(self, finite: Tensor, loss: Tensor) -> None:
+        """Stop where a loss or a weight is no number."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        if not bool(finite & torch.isfinite(norms).all()):
+            raise SearchError(
+                f"the loss or a weight is not a finite number after step {self.found.step} (loss {float(loss):g}); "
+                f"give a smaller learning rate{self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        """Where the last good state is, for errors."""
+        known = self.keep is not None and self.keep.path.exists()
+        return f"; the last good state is in {self.keep.path}" if known and self.keep else ""
+
+    def _count(
+        self, loss: Tensor, logits: Tensor, wanted: Tensor | None, on_progress: Callable[[Progress], None] | None
+    ) -> bool:
+        """Whether the budget is met; otherwise adjust the penalty."""
+        sparse = self.sparse()
+        closed = sparse == 0
+        sizes = self.meter.sizes(closed)
+        kl = None if wanted is None else float(kl_divergence(logits, wanted, self.options.tau).mean())
+        met = self.meter.size(closed) <= self.target
+        if not met:
+            self.before = sparse
+            if self.found.step >= self.next_look:
+                self._adjust(sparse, closed)
+        counts = (len(closed) - int(closed.sum()), len(closed), sizes.params, sizes.macs)
+        progress = Progress(self.found.step, self.steps, float(loss), kl, *counts, self.lambda2)
+        self.found.history.append(asdict(progress))
+        if on_progress is not None:
+            on_progress(progress)
+        return met
+
+    @property
+    def lambda2(self) -> float:
+        """Strength of the penalty at present."""
+        return float(self.apg.param_groups[0]["lambda2"])
+
+    def _adjust(self, sparse: Tensor, closed: Tensor) -> None:
+        """Raise the penalty where the budget would not be met in time."""
+        rest = self.steps - self.found.step
+        self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
+        far = distances(sparse, self.alpha)
+        needed = needed_lambda2(
+            self.meter, closed, far, self.target, lr=self.options.gate_lr, momentum=GATE_MOMENTUM, steps=rest
+        )
+        value = max(self.options.lambda2, needed)
+        if not math.isclose(value, self.lambda2, rel_tol=1e-3):
+            for group in self.apg.param_groups:
+                group["lambda2"] = value
+            self.found.lambda2.append([self.found.step, value])
+
+    def _finish(self) -> Found:
+        """Close as many gates as the budget asks for, the nearest to zero first."""
+        sparse, found = self.sparse(), self.found
+        met = self.meter.size(sparse == 0) <= self.target
+        if met:  # those that closed since the last count need not all be closed
+            stays = (sparse == 0) & (self.before == 0)
+            far = torch.where(sparse == 0, distances(self.before, self.alpha), 0.0)
+        else:
+            stays, far = sparse == 0, distances(sparse, self.alpha)
+        order = order_of_closing(far)
+        number = close_in_order(self.meter, stays, order, self.target)
+        if number is None:
+            raise SearchError(f"the gates that may close do not meet the budget{self._kept()}")
+        found.closed = also(stays, order, number)
+        found.values = torch.where(found.closed, 0.0, torch.where(sparse == 0, self.before, sparse))
+        found.reopened, found.forced = (len(order) - number, 0) if met else (0, number)
+        return found
+
+    def save(self) -> None:
+        """Write the state, if there is a place for it."""
+        if self.keep is None:
+            return
+        randoms = [random_states()]
+        if self.fabric.world_size > 1:
+            randoms *= self.fabric.world_size
+            torch.distributed.all_gather_object(randoms, random_states())
+        if self.fabric.is_global_zero:
+            found = {key: value for key, value in vars(self.found).items() if value is not None}
+            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "found": found}
+            rest = {"before": self.before, "next_look": self.next_look, "random": randoms}
+            save(self.keep.path, parts | rest, self.keep.identity)
+        self.fabric.barrier()
+
+    def resume(self) -> None:
+        """Go on from the saved state; errors as `morph.search_checkpoint.load`."""
+        assert self.keep is not None
+        state = load(self.keep.path, self.keep.identity)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.found = Found(**state["found"])
+        self.before, self.next_look = state["before"], state["next_look"]
+        set_random_states(state["random"][self.fabric.global_rank])
