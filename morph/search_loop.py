@@ -241,6 +241,8 @@ class Search:
         state = load(self.keep.path, self.keep.identity)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        weights = {name: self.apg.state[gate]["alpha"] for name, gate in self.apg.named().items()}
+        self.alpha = self.meter.flat.join(weights)  # measured latencies would be others now
         self.found = Found(**state["found"])
         self.before, self.next_look = state["before"], state["next_look"]
         set_random_states(state["random"][self.fabric.global_rank])

@@ -140,6 +140,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(tmp_path, kind, stop
     again.teacher.load_state_dict(PlainNet().state_dict())
     again.resume()
     assert again.found.step == stop
+    assert torch.equal(again.alpha, FLAT.join(alphas(again.model)))
     found = again.run()
     assert torch.equal(found.closed, whole.closed)
     assert torch.equal(found.values, whole.values)

@@ -97,6 +97,13 @@ def test_modes(mode):
     assert (found.record.details["history"][0]["kl"] is None) == mode.startswith("np")
 
 
+@pytest.mark.parametrize("weighting", ["params", "memory", "latency"])
+def test_weightings(weighting):
+    found = search_student(tiny(), (X, Y), target_macs=250_000, weighting=weighting, **FAST)
+    assert found.record.after["macs"] <= 250_000
+    assert found.record.options["weighting"] == weighting
+
+
 def test_a_loss_of_the_users():
     seen = []
 
