@@ -65,6 +65,7 @@ ORDER = [
     "states",
     "pruning",
     "readers",
+    "gate_borders",
     "gate_sites",
     "liveness",
     "gate_latency",
