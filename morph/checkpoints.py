@@ -29,6 +29,7 @@ from morph.plan import (
     Plan,
     Regroup,
     Reinitialise,
+    Reroute,
     Resize,
     SetAttribute,
     SetConstant,
@@ -280,5 +281,7 @@ def _model_changes(plan: Plan) -> tuple[str, ...]:
     ]
     constants = sum(isinstance(e, SetConstant | SplitAt) for e in plan.edits)
     if any(isinstance(e, UseGraph) for e in plan.edits):
-        sizes.append(f"the traced graph in place of the class, {constants} constants in it changed")
+        text = f"the traced graph in place of the class, {constants} constants in it changed"
+        parts = sum(isinstance(e, Reroute) for e in plan.edits)
+        sizes.append(text + (f", {parts} of its nodes reading parts of others" if parts else ""))
     return tuple(sizes)

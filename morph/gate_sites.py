@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import fx, nn
+from torch import nn
 
 from morph.analysis.atoms import Labels
-from morph.analysis.borders import Border
 from morph.analysis.recording import Inputs, skeleton
 from morph.errors import EditError
+from morph.gate_borders import add_border, top_edge
 from morph.graphs import graph_of
 from morph.passes.gates import Tap
 from morph.readers import Graphed, Mask, Reader, graphed
 
 Where = Literal["auto", "producer", "connection"]
 Kind = Literal["producer", "connection"]
-_BORDER = "morph_border_"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +90,11 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
     left = dict(plain.unread)
     borders: dict[str, str] = {}
     for reader in connections:
-        top = _top(plain, reader)
+        top = top_edge(plain, reader)
         if top is None:
             left[reader.path] = "it reads the input of the model"
         else:
-            borders[_border(graph, *top, reader.axis, len(borders))] = reader.path
+            borders[add_border(graph, *top, reader.axis)] = reader.path
     graph.graph.lint()
     graph.recompile()
     bordered = graphed(graph, inputs)
@@ -151,68 +150,6 @@ def _reused(graph: Graphed, chosen: Mapping[str, Mask], reader: Reader) -> bool:
     own = np.unique(reader.units[here])
     others = [np.isin(own, r.units).any() for r in graph.readers if r is not reader]
     return not covered.all() or any(others)
-
-
-def _top(graph: Graphed, reader: Reader) -> tuple[str, str] | None:
-    """The highest edge ``(source, node)`` that only ``reader`` lies behind, channel by channel; None at an input."""
-    nodes = {node.name: node for node in graph.graph.graph.nodes}
-    calls = collections.Counter(n.target for n in nodes.values() if n.op == "call_module")
-    source, node = nodes[reader.source], nodes[reader.node]
-    while source.op != "placeholder" and _channelwise(graph, source, reader, calls):
-        node, source = source, source.all_input_nodes[0]
-    return None if source.op == "placeholder" else (source.name, node.name)
-
-
-def _channelwise(graph: Graphed, node: fx.Node, reader: Reader, calls: Mapping[object, int]) -> bool:
-    """Whether a node hands each channel on by itself, to one node alone, so that a border can stand above it."""
-    if len(node.users) != 1 or len(node.all_input_nodes) != 1:
-        return False
-    above, here = graph.roots(node.all_input_nodes[0].name), graph.roots(node.name)
-    if min(len(above), len(here)) <= reader.axis or not here[reader.axis].all():
-        return False
-    if not np.array_equal(above[reader.axis], here[reader.axis]) or _mixes(graph, node, here[reader.axis]):
-        return False
-    module = graph.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if module is not None and calls[node.target] > 1 and any(True for _ in module.parameters()):
-        return False
-    shared = len(node.all_input_nodes[0].users) > 1
-    return not (shared and _in_place(node, module))
-
-
-def _mixes(graph: Graphed, node: fx.Node, roots: Labels) -> bool:
-    """Whether a node sums over these channels, or computes a statistic over them."""
-    if any(r.node == node.name and len(r.units) for r in graph.readers):
-        return True
-    state, calls = graph.analysis.state, graph.analysis.recording.calls
-    path = str(node.target) if node.op == "call_module" else None
-    read = [graph.values.get(n.name) for n in node.all_input_nodes]
-    own = set(roots.tolist())
-    over = [(s.call, s.value, labels) for s in state.statistics for labels in s.labels]
-    over += [(s.call, value, state.tag(value).axes[axis]) for s in state.sums for value, axis in s.operands[:1]]
-    return any(
-        (calls[call].module == path or any(value is v for v in read))
-        and not own.isdisjoint(state.atoms.find(labels).tolist())
-        and not any(r.node == node.name for r in graph.readers)
-        for call, value, labels in over
-    )
-
-
-def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node writes over what it reads."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(
-        getattr(module, "inplace", False) or node.kwargs.get("inplace") or (module is None and name.endswith("_"))
-    )
-
-
-def _border(graph: fx.GraphModule, source: str, node: str, axis: int, number: int) -> str:
-    """Put a border on an edge."""
-    nodes = {n.name: n for n in graph.graph.nodes}
-    graph.add_module(f"{_BORDER}{number}", Border(axis))
-    with graph.graph.inserting_before(nodes[node]):
-        border = graph.graph.call_module(f"{_BORDER}{number}", (nodes[source],))
-    nodes[node].replace_input_with(nodes[source], border)
-    return border.name
 
 
 def _sites(

@@ -251,7 +251,7 @@ def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gat
         >>> from morph.zoo import build
         >>> gated = morph.gate(build("densenet-bc-10-4"), torch.randn(2, 3, 32, 32))
         >>> gated.total, gated.sites[0].name
-        (144, 'stages.0.0.conv1')
+        (98, 'stages.0.0.conv1')
     """
     if where not in ("auto", "producer", "connection"):
         raise TargetError(f"where is auto, producer or connection, got {where!r}")

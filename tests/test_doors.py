@@ -75,6 +75,7 @@ ORDER = [
     "pruning",
     "baselines",
     "readers",
+    "gate_borders",
     "gate_sites",
     "liveness",
     "gate_latency",

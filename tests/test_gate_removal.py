@@ -65,6 +65,15 @@ def gated_source(gated: Gated, model: nn.Module) -> nn.Module:
     return twin
 
 
+@pytest.mark.parametrize("name", ["densenet", "resnet"])
+def test_training_mode_is_exact_too(name):
+    model, x = made(name)
+    gated = morph.gate(model, x)
+    shut(gated, 0.5, 1)
+    after = gated.remove().model
+    assert gap(outputs(gated.model.train(), x), outputs(after.train(), x)) < 1e-12
+
+
 def test_masks_count_in_place_of_zeros():
     model, x = made("densenet")
     gated = morph.gate(model, x)
