@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from morph.analysis.atoms import Labels
 from morph.analysis.propagation import Propagation
 
+_AT_ONCE = 512  # labels whose sets are found together: few, because a set can be as large as the model
 Constraint = tuple[tuple[int, ...], int]  # the factors of one position, and the relation
 
 
@@ -82,11 +83,24 @@ class _Reach:
 
     def of(self, seeds: Labels) -> tuple[list[Labels], Labels]:
         """The closed set of each seed, without those in which something can never go; and the seeds with a choice."""
+        sets: list[Labels] = []
+        left = [np.zeros(0, np.int64)]
+        for start in range(0, len(seeds), _AT_ONCE):
+            some, rest = self._of_some(seeds[start : start + _AT_ONCE])
+            sets += some
+            left.append(rest)
+        return sets, np.concatenate(left)
+
+    def _of_some(self, seeds: Labels) -> tuple[list[Labels], Labels]:
         pairs = _Pairs(np.arange(len(seeds)), seeds, self.count)
         number, atom = pairs.number, pairs.atom
+        frozen = np.zeros(len(seeds), bool)
         while len(number):
             which, whole = self.above.of(atom)
-            number, atom = pairs.add(number[which], whole)
+            number = number[which]
+            frozen[number[whole == 0]] = True
+            goes_on = ~frozen[number]
+            number, atom = pairs.add(number[goes_on], whole[goes_on])
         which, row = self.rows.of(pairs.atom)
         owner = pairs.number[which]
         met = np.zeros(len(row), bool)
@@ -94,8 +108,6 @@ class _Reach:
             met |= (column != 0) & pairs.has(owner, column)
         choice = np.zeros(len(seeds), bool)
         choice[owner[~met]] = True
-        frozen = np.zeros(len(seeds), bool)
-        frozen[pairs.number[pairs.atom == 0]] = True
         sets = np.split(pairs.atom, np.searchsorted(pairs.number, np.arange(1, len(seeds))))
         fine = np.flatnonzero(~choice & ~frozen).tolist()
         return [sets[n] for n in fine], seeds[choice & ~frozen]
