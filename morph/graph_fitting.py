@@ -19,6 +19,7 @@ from morph.analysis.table import RULES
 from morph.fitting import Misfit
 from morph.graphs import graph_of, set_slot, slots, split_at
 from morph.heads import SizeEdit, set_sizes
+from morph.interpreter import Interpreter
 from morph.plan import Resize, SetConstant, SplitAt
 from morph.resizing import resized
 
@@ -87,7 +88,7 @@ class _UnfitError(Exception):
         self.misfit = misfit
 
 
-class _Refit(fx.Interpreter):
+class _Refit(Interpreter):
     """Runs a cut graph and mends each node whose shape is not the one expected."""
 
     def __init__(self, cut: fx.GraphModule, values: Mapping[str, Any], state: Propagation, times: Labels) -> None:

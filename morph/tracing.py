@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from morph.errors import TraceError
+from morph.interpreter import Interpreter
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
@@ -97,7 +98,7 @@ def _first_proxy(value: Any) -> fx.Proxy | None:
     return next((p for p in map(_first_proxy, items) if p is not None), None)
 
 
-class _Shapes(fx.Interpreter):
+class _Shapes(Interpreter):
     """Runs the graph once and keeps the shape at each node."""
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -18,6 +18,7 @@ ORDER = [
     "atomic",
     "attention",
     "module_edits",
+    "interpreter",
     "zoo",
     "files",
     "images",

@@ -33,6 +33,7 @@ from morph.analysis.recording import (
     without_data,
 )
 from morph.errors import TraceError
+from morph.interpreter import Interpreter
 from morph.tracing import place_of
 
 
@@ -95,7 +96,7 @@ def record_nodes(
     """
     given: dict[str, Any] = {}
 
-    class Watch(fx.Interpreter):
+    class Watch(Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             given[n.name] = pytree.tree_map_only(Tensor, lambda t: getattr(t, "_morph_value", None), result)

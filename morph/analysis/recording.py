@@ -210,15 +210,18 @@ def without_data(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
+_HELD = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")  # changed in place by a run
+
+
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its class, attributes, parameters and buffers back: some keep what a run has computed."""
+    """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks."""
     saved, modules = [], named_modules(model)
     kinds = [(module, type(module)) for _, module in modules]
     for _, module in modules:
         attributes = vars(module)
         saved.append((attributes, dict(attributes)))
-        saved += [(held, dict(held)) for held in (attributes["_parameters"], attributes["_buffers"]) if held]
+        saved += [(attributes[held], dict(attributes[held])) for held in _HELD]
     try:
         yield
     finally:

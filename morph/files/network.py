@@ -5,8 +5,9 @@ No code is generated from the graph, so a name in it can only ever be looked up,
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx, nn
+
+from morph.interpreter import Interpreter
 
 
 class GraphNetwork(nn.Module):
@@ -27,7 +28,7 @@ class GraphNetwork(nn.Module):
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Run the graph of the present mode on ``inputs``, in the order of the traced signature."""
-        output: Tensor = torch.fx.Interpreter(self, graph=self.graph_of_mode()).run(*inputs)
+        output: Tensor = Interpreter(self, graph=self.graph_of_mode()).run(*inputs)
         return output
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""What a training step with gates costs beside the plain distillation step on the same batch.
+
+    python benchmarks/gate_cost.py            # writes results/gate_cost_*.json
+
+Both run the frozen teacher, the student's forward and backward pass and a step of SGD; with gates there are the gates
+besides, and their step of APG. Time is a ratio within one run, memory the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from machine import in_turn, save
+from probe_cost import high_water
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+import morph
+from morph.passes.gates import gates_of
+from morph.search_losses import kl_divergence
+from morph.zoo import build
+
+CASES = {
+    "densenet-bc-40-12": (lambda: build("densenet-bc-40-12"), 32, 32),
+    "wrn-16-2": (lambda: build("wrn-16-2"), 32, 32),
+    "resnet18": (lambda: get_model("resnet18", weights=None), 8, 160),
+    "mobilenet_v2": (lambda: get_model("mobilenet_v2", weights=None), 8, 160),
+}
+
+
+def step_of(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Callable[[], None]:
+    """One step of distillation."""
+
+    def step() -> None:
+        with torch.no_grad():
+            wanted = teacher(x)
+        optimizer.zero_grad(set_to_none=True)
+        kl_divergence(student(x), wanted).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def works(name: str) -> dict[str, Callable[[], object]]:
+    """The pieces of work to compare."""
+    torch.manual_seed(0)
+    make, batch, size = CASES[name]
+    model, x = make().train(), torch.randn(batch, 3, size, size)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    plain = copy.deepcopy(model)
+    gated = morph.gate(model, x[:2])
+    gates = gates_of(gated.model)
+    theirs = {id(p) for gate in gates.values() for p in gate.parameters()}
+    weights = [p for p in gated.model.parameters() if id(p) not in theirs]
+    with_gates = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
+    morph.attach_gates(with_gates, gates, weights=gated.weights("macs"))
+    without = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
+    return {
+        "plain step": step_of(plain, teacher, without, x),
+        "gated step": step_of(gated.model, teacher, with_gates, x),
+    }
+
+
+def peak(name: str, work: str) -> float:
+    """Peak memory in MB of a process that does ``work`` three times, above one that only prepares it."""
+    measured = []
+    for what in ("nothing", work):
+        command = [sys.executable, __file__, "--one", name, "--work", what]
+        measured.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return measured[1] - measured[0]
+
+
+def main() -> None:
+    """Measure, print and save; or do one piece of work and print the peak memory."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    if args.one:
+        work = works(args.one)
+        for _ in range(3 * (args.work != "nothing")):
+            work[args.work]()
+        print(high_water())
+        return
+    results = {}
+    for name in CASES:
+        timed = in_turn(works(name), args.rounds)
+        memory = {work: round(peak(name, work), 1) for work in timed}
+        results[name] = {"time": timed, "peak_memory_mb": memory}
+        print(name, json.dumps(results[name]), flush=True)
+    print(save("gate_cost", {"models": results, "rounds": args.rounds}))
+
+
+if __name__ == "__main__":
+    main()
