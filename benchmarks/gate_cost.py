@@ -8,16 +8,11 @@ besides, and their step of APG. Time is a ratio within one run, memory the peak 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
-from machine import in_turn, save
-from probe_cost import high_water
+from machine import compare_costs
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -67,36 +62,5 @@ def works(name: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def peak(name: str, work: str) -> float:
-    """Peak memory in MB of a process that does ``work`` three times, above one that only prepares it."""
-    measured = []
-    for what in ("nothing", work):
-        command = [sys.executable, __file__, "--one", name, "--work", what]
-        measured.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    return measured[1] - measured[0]
-
-
-def main() -> None:
-    """Measure, print and save; or do one piece of work and print the peak memory."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=11)
-    args = parser.parse_args()
-    if args.one:
-        work = works(args.one)
-        for _ in range(3 * (args.work != "nothing")):
-            work[args.work]()
-        print(high_water())
-        return
-    results = {}
-    for name in CASES:
-        timed = in_turn(works(name), args.rounds)
-        memory = {work: round(peak(name, work), 1) for work in timed}
-        results[name] = {"time": timed, "peak_memory_mb": memory}
-        print(name, json.dumps(results[name]), flush=True)
-    print(save("gate_cost", {"models": results, "rounds": args.rounds}))
-
-
 if __name__ == "__main__":
-    main()
+    compare_costs(__file__, "gate_cost", CASES, works)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -67,3 +70,54 @@ def in_turn(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
         }
         for name, values in times.items()
     }
+
+
+def high_water() -> float:
+    """Peak memory of this process in MB. What `resource` tells would include that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+
+
+def peak(script: str, name: str, work: str) -> float:
+    """Peak memory in MB of a process that does ``work`` three times, above one that only prepares it."""
+    measured = []
+    for what in ("nothing", work):
+        command = [sys.executable, script, "--one", name, "--work", what]
+        measured.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return measured[1] - measured[0]
+
+
+def compare_costs(
+    script: str,
+    question: str,
+    cases: Collection[str],
+    works: Callable[[str], Mapping[str, Callable[[], object]]],
+    facts: Callable[[str], Mapping[str, object]] = lambda name: {},
+) -> None:
+    """Time and peak memory of pieces of work for each case: measure, print and save; or do one and print its peak.
+
+    Args:
+        script: The file that calls this; it is run again for memory.
+        question: Name of the results file.
+        cases: Names of the cases.
+        works: The pieces of work of a case; ratios are to the first.
+        facts: More to tell of a case.
+    """
+    parser = argparse.ArgumentParser(description=f"Measure {question}; see the first lines of the file.")
+    parser.add_argument("--one", choices=list(cases), help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    if args.one:
+        work = works(args.one)
+        for _ in range(3 * (args.work != "nothing")):
+            work[args.work]()
+        print(high_water())
+        return
+    results = {}
+    for name in cases:
+        timed = in_turn(works(name), args.rounds)
+        memory = {work: round(peak(script, name, work), 1) for work in timed}
+        results[name] = {"time": timed, "peak_memory_mb": memory, **facts(name)}
+        print(name, json.dumps(results[name]), flush=True)
+    print(save(question, {"models": results, "rounds": args.rounds}))

@@ -8,15 +8,10 @@ activations are counted for comparison.
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from machine import in_turn, save
+from machine import compare_costs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
@@ -55,21 +50,6 @@ def works(name: str) -> dict[str, Callable[[], object]]:
     return {"plain step": plain, "fisher probe": lambda: probe.scores([(x, y)])}
 
 
-def peak(name: str, work: str) -> float:
-    """Peak memory in MB of a process that does ``work`` twice, above one that only prepares it."""
-    measured = []
-    for what in ("nothing", work):
-        command = [sys.executable, __file__, "--one", name, "--work", what]
-        measured.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    return measured[1] - measured[0]
-
-
-def high_water() -> float:
-    """Peak memory of this process in MB. What `resource` tells would include that of the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
-
-
 def probed_megabytes(name: str) -> float:
     """Size of the activations behind which probes stand."""
     _, traced, cells, x, _ = prepare(name)
@@ -77,31 +57,7 @@ def probed_megabytes(name: str) -> float:
     return sum(sizes) / 1e6
 
 
-def main() -> None:
-    """Measure, print and save; or do one piece of work and print the peak memory."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    if args.one:
-        work = works(args.one)
-        for _ in range(2 * (args.work != "nothing")):
-            work[args.work]()
-        print(high_water())
-        return
-    results = {}
-    for name in CASES:
-        timed = in_turn(works(name), args.rounds)
-        memory = {work: round(peak(name, work), 1) for work in timed}
-        results[name] = {
-            "time": timed,
-            "peak_memory_mb": memory,
-            "probed_activations_mb": round(probed_megabytes(name), 1),
-        }
-        print(name, json.dumps(results[name]), flush=True)
-    print(save("probe_cost", {"models": results, "rounds": args.rounds}))
-
-
 if __name__ == "__main__":
-    main()
+    compare_costs(
+        __file__, "probe_cost", CASES, works, lambda name: {"probed_activations_mb": round(probed_megabytes(name), 1)}
+    )
