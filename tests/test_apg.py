@@ -38,7 +38,10 @@ class Twin:
 def follow(steps=300, momentum=0.9, wrong=None, clamp=False, lambda2=0.5):
     """The largest distance of gates, and of sparse iterates, between APG and its twin on random gradients."""
     draw = np.random.default_rng(0)
-    gates = {"a": nn.Parameter(torch.ones(7, dtype=torch.float64)), "b": nn.Parameter(torch.from_numpy(draw.normal(size=3)))}
+    gates = {
+        "a": nn.Parameter(torch.ones(7, dtype=torch.float64)),
+        "b": nn.Parameter(torch.from_numpy(draw.normal(size=3))),
+    }
     alpha = {name: draw.uniform(0.01, 1.0, len(gate)) for name, gate in gates.items()}
     apg = APG(gates, 0.01, lambda2, {n: torch.from_numpy(a) for n, a in alpha.items()}, momentum, clamp)
     twins = {

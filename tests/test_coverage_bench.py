@@ -249,6 +249,9 @@ def test_our_side_is_judged_from_outside(monkeypatch: pytest.MonkeyPatch, wrong:
     assert (line["traced"], line["couplings"], line["free"]) == ("meta", 1, 0.5)
     assert coverage_summary.outcome_ours(line) == "wrong"
     assert coverage_summary.outcome_ours(line | {"prune": "exact", "widen": "exact"}) == "exact"
+    against = line | {"prune": "differs", "widen": "exact"}
+    assert coverage_summary.outcome_ours(against | {"own_check": "done"}) == "disputed"
+    assert coverage_summary.outcome_ours(against | {"own_check": "caught: x"}) == "wrong"
 
 
 def test_refusals_and_crashes_are_told_apart() -> None:
@@ -292,16 +295,16 @@ def test_tables_count_every_model_once(capsys: pytest.CaptureFixture[str]) -> No
     half = {"prune": "exact", "widen": "exact", "free": 0.9, "prune_memory": 1.5}
     coverage_summary.print_summary(
         [
-            line("a", "ours", **half, prune_seconds=1.0),
+            line("a", "ours", **half, prune_cpu=1.0),
             line("b", "ours", prune="refused: x", widen="exact"),
             line("c", "ours", ended="time"),
-            line("a", "peer", peer="exact", plain="exact", peer_seconds=4.0),
-            line("b", "peer", peer="differs", plain="does not run", peer_seconds=4.0),
+            line("a", "peer", peer="exact", plain="exact", peer_cpu=4.0),
+            line("b", "peer", peer="differs", plain="does not run", peer_cpu=4.0),
             line("c", "peer", ended="time"),
         ]
     )
     out = capsys.readouterr().out
-    assert "| classification | 3 | 1 | 1 | 0 | 1 | 1 | 2 | 90% | 1.00 | 1.0 |" in out
+    assert "| classification | 3 | 1 | 1 | 0 | 0 | 1 | 1 | 2 | 90% | 1.00 | 1.0 |" in out
     assert "| classification | 3 | 1 | 0 | 1 | 1 | 1 | 4.00 | 4.0 |" in out
     assert coverage_summary.outcome_peer({"peer": "differs", "plain": "exact"}) == "exact"
     assert "0.25 in the median" in out
