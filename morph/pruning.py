@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
 from morph.errors import ProbeError, TargetError
+from morph.garbage import uncollected
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
@@ -97,6 +99,23 @@ def prune(
     asked = Request(**request)
     if steps < 1:
         raise TargetError(f"steps must be at least 1, got {steps}")
+    looks_at_data = callable(asked.score) or asked.score in GRADIENT  # then what is collected is not ours alone
+    with nullcontext() if looks_at_data else uncollected():
+        return _prune(model, example_inputs, asked, data, loss, steps, form, verify, on_step)
+
+
+def _prune(
+    model: nn.Module,
+    example_inputs: Inputs,
+    asked: Request,
+    data: Iterable[tuple[Any, Any]] | None,
+    loss: Loss | None,
+    steps: int,
+    form: Form,
+    verify: bool,
+    on_step: Callable[[int, Sizes], None],
+) -> Result:
+    """Analyse, score, choose, cut and check, step by step."""
     first = analyse(model, example_inputs)
     before, batch = first.sizes(), batch_of(example_inputs)
     _check_target(asked, _per_sample(before, batch))
