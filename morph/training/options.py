@@ -107,8 +107,6 @@ class FitOptions:
             raise TrainingError("there is nothing to train: no parameter of the objective asks for a gradient")
         rate = self.learning_rate(0, 1)
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                trained, rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-            )
+            return torch.optim.SGD(trained, rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(trained, rate, weight_decay=self.weight_decay)

@@ -16,7 +16,7 @@ from morph.images import LabelledImages
 from morph.search_checkpoint import random_states, set_random_states
 
 Targets = Tensor | tuple[Tensor, ...]
-"""Labels ``[N]``, or a tuple whose first item they are, with more for each sample (the bits of multi-channel labels)."""
+"""Labels ``[N]``, or a tuple whose first item they are, with more for each sample, as the bits of several channels."""
 
 Batch = tuple[Tensor, Targets]
 """Inputs ``[N, ...]`` and targets."""
@@ -25,6 +25,11 @@ Batch = tuple[Tensor, Targets]
 def labels_of(targets: Targets) -> Tensor:
     """The labels among the targets, ``[N]``."""
     return targets if isinstance(targets, Tensor) else targets[0]
+
+
+def fine_type(device: torch.device) -> torch.dtype:
+    """The finest type for sums on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def seeded_round(data: Any, batch_size: int, seed: int) -> Iterator[Batch]:
