@@ -107,6 +107,7 @@ ORDER = [
     "report",
     "picture",
     "search_picture",
+    "training_picture",
     "student_picture",
     "block_graph",
     "dot",
