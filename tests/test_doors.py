@@ -152,7 +152,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
+    names = "'APG', 'Analysis', 'Coupling', 'Distillation', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'Tapped'"
     assert out.startswith(f"[] [{names}")
 
 
