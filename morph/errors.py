@@ -83,6 +83,10 @@ class TeachingError(MorphError):
     """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
 
 
+class TapError(TeachingError):
+    """There is no such module or node to tap, or what flows there cannot be handed out as it was."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

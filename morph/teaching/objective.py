@@ -6,6 +6,7 @@ An objective has ``student``, the network that is validated and saved; ``paramet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ class Step(NamedTuple):
     Attributes:
         loss: What is minimised; a scalar.
         parts: The terms of the loss by name, each a scalar without a gradient and before its weight.
-        logits: The student's outputs ``[N, C]``, for the training accuracy.
+        logits: The student's outputs ``[N, C]``, for the training accuracy; None where the student is not run to its
+            end (`morph.teaching.hints.Hints`).
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Labels(nn.Module):
@@ -62,13 +64,14 @@ class Labels(nn.Module):
         self.student = student
         self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
 
-    def forward(self, x: Any, y: Tensor) -> Step:
+    def forward(self, x: Any, y: Tensor | Sequence[Any]) -> Step:
         """The loss of one batch.
 
         Args:
             x: Input of the student.
-            y: Labels ``[N]``.
+            y: Labels ``[N]``, or a sequence that begins with them.
         """
+        y = labels_of(y)
         logits, heads = logits_and_heads(self.student(x))
         labels = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         parts, loss = {"labels": labels.detach()}, labels
@@ -77,6 +80,12 @@ class Labels(nn.Module):
             parts["auxiliary"] = auxiliary.detach()
             loss = loss + self.auxiliary_weight * auxiliary
         return Step(loss, parts, logits)
+
+
+def labels_of(y: Tensor | Sequence[Any]) -> Tensor:
+    """The labels ``[N]`` among what the data gives for a batch: a tensor, or a sequence that begins with them."""
+    labels: Tensor = y if isinstance(y, Tensor) else y[0]
+    return labels
 
 
 def logits_and_heads(output: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
