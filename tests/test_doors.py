@@ -72,6 +72,8 @@ ORDER = [
     "unit_scores",
     "selection",
     "surgery",
+    "head_search",
+    "head_swapping",
     "states",
     "pruning",
     "baselines",
