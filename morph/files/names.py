@@ -27,7 +27,12 @@ _VALUES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
 _REFUSED = ("torchvision.models.feature_extraction", "timm.models._features_fx", "torch.nn.modules.lazy")
 _NEVER = ("torch.fx", "torch.jit", "torch.package", "torch._dynamo", "torch._C.ScriptModule")
 NETWORKS = ("morph.files.network.GraphNetwork", "morph.files.network.SingleInputGraphNetwork")
-OWN = (*NETWORKS, "morph.attention.FreeMultiheadAttention")
+OWN = (
+    *NETWORKS,
+    "morph.attention.FreeMultiheadAttention",
+    "morph.label_heads.MultiChannelHead",
+    "morph.label_heads.VotingHead",
+)
 CONTAINER = "torch.nn.modules.module.Module"
 
 _FUNCTIONS = {
