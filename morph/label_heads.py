@@ -137,6 +137,13 @@ def head_of(model: nn.Module) -> LabelHead:
     return heads[0]
 
 
+def score_path(model: nn.Module) -> str:
+    """Path of the layer whose output are the logits of the channels, for a tap; errors as `head_of`."""
+    score = head_of(model).score
+    paths: list[str] = [path for path, module in model.named_modules() if module is score]
+    return paths[0]
+
+
 def channel_logits(model: nn.Module, *inputs: Any) -> tuple[Any, Tensor]:
     """Run a model with a label head: its output, and the logits of the channels ``[N, classes * channels]``.
 

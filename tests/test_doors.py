@@ -76,6 +76,7 @@ ORDER = [
     "head_search",
     "head_swapping",
     "label_surgery",
+    "labels",
     "states",
     "pruning",
     "baselines",
