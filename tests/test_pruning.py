@@ -344,3 +344,19 @@ class Unroll(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.two(F.relu(self.one(x))) if x.sum() > -1e9 else x
+
+
+def test_what_must_stay_whole_is_made_up_for_elsewhere():
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    model = SwinTransformer(
+        [4, 4], embed_dim=12, depths=[1, 1], num_heads=[3, 3], window_size=[4, 4], num_classes=5
+    ).eval()
+    x = torch.randn(2, 3, 32, 32)
+    whole = morph.count(model, x[:1]).macs
+    result = morph.prune(model, x, target_macs=0.7 * whole, normalise="macs")
+    assert result.record.details["left"]  # the attention cannot lose single channels
+    assert morph.count(result.model, x[:1]).macs == result.record.after["macs"] <= 0.7 * whole
+    with pytest.raises(TargetError, match="nearest|least|reach"):
+        morph.prune(model, x, target_macs=0.05 * whole, normalise="macs")
