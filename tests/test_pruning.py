@@ -358,5 +358,5 @@ def test_what_must_stay_whole_is_made_up_for_elsewhere():
     result = morph.prune(model, x, target_macs=0.7 * whole, normalise="macs")
     assert result.record.details["left"]  # the attention cannot lose single channels
     assert morph.count(result.model, x[:1]).macs == result.record.after["macs"] <= 0.7 * whole
-    with pytest.raises(TargetError, match="nearest|least|reach"):
+    with pytest.raises(TargetError, match="macs"):
         morph.prune(model, x, target_macs=0.05 * whole, normalise="macs")
