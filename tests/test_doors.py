@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "atomic",
     "attention",
+    "window_attention",
     "module_edits",
     "interpreter",
     "zoo",
