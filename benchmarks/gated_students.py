@@ -93,15 +93,15 @@ class Bench:
         found: torch.Tensor = torch.load(path, weights_only=True)
         return found
 
-    def student(self, way: str, seed: int, options: dict[str, float], inherit: bool) -> tuple[nn.Module, dict[str, Any]]:
+    def student(
+        self, way: str, seed: int, options: dict[str, float], inherit: bool
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """A student found in one way, and what is known of how."""
         target = SHARE * self.macs
         if way in SEARCHES:
             data = Augmented(subset(self.images, IMAGES), 2)
             numbers: dict[str, Any] = {"epochs": SEARCH_ROUNDS, "batch_size": BATCH, "seed": seed, **options}
-            found = morph.search_student(
-                self.teacher, data, target_macs=target, mode=way, inherit=inherit, **numbers
-            )
+            found = morph.search_student(self.teacher, data, target_macs=target, mode=way, inherit=inherit, **numbers)
             details = found.record.details
             return found.model, {k: details[k] for k in ("steps", "forced", "lambda2", "gates_open")} | {
                 "check": found.record.to_json()["max_abs_diff"],
@@ -157,7 +157,9 @@ class DistillationLabels:
         return F.cross_entropy(student, labels, reduction="none")
 
 
-def train(model: nn.Module, lessons: LabelledImages, wanted: torch.Tensor, loss: Any, *, seed: int, batch: int) -> float:
+def train(
+    model: nn.Module, lessons: LabelledImages, wanted: torch.Tensor, loss: Any, *, seed: int, batch: int
+) -> float:
     """One passage through all lessons, learning rate once up and down; the last mean loss."""
     model.train().to(memory_format=torch.channels_last)
     steps = len(lessons) // batch
@@ -183,7 +185,9 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     model, facts = bench.student(job["way"], job["seed"], job["options"], inherited)
     found = time.process_time()
     size = morph.count(model, bench.sample[:1])
-    loss = train(model, bench.lessons, bench.wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH)
+    loss = train(
+        model, bench.lessons, bench.wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH
+    )
     error = 1 - top1(model, bench.test)
     seconds = {"search_s": round(found - start, 1), "training_s": round(time.process_time() - found, 1)}
     return {**job, "error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
