@@ -1,11 +1,11 @@
 """Which student inside a teacher learns best from it: searches by gates beside cuts by weights, at equal multiply-adds.
 
-python benchmarks/gated_students.py --data DIR                 # everything; goes on where it was stopped
-python benchmarks/gated_students.py --data DIR --summary       # writes results/gated_students_*.json
+    python benchmarks/gated_students.py --data DIR                 # everything; goes on where it was stopped
+    python benchmarks/gated_students.py --data DIR --summary       # writes results/gated_students_*.json
 
 A small DenseNet-BC teacher is trained on CIFAR-10 at 16x16. Each way gives a student of 30 % of its multiply-adds;
 every student starts from fresh weights (and, in rows that say so, from those that it inherits) and is distilled on the
-same images with the same numbers: temperature 4, a tenth of the labels' cross-entropy (Gu and Tresp, 2020, section 4.2).
+same images with the same numbers: temperature 4, a tenth of the labels' cross-entropy (Gu and Tresp, section 4.2).
 Any number of processes may work at the list of jobs at the same time.
 """
 
