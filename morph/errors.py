@@ -71,6 +71,10 @@ class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
 
 
+class TeachingError(MorphError):
+    """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

@@ -103,6 +103,7 @@ ORDER = [
     "search_data",
     "search_space",
     "student_search",
+    "teaching",
     "report",
     "picture",
     "search_picture",
