@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
     from morph.tracing import trace as trace
+    from morph.training.evaluation import Scores as Scores
+    from morph.training.evaluation import evaluate as evaluate
+    from morph.training.fitting import fit as fit
     from morph.widening import widen as widen
 
 _HOMES = {
@@ -71,6 +74,9 @@ _HOMES = {
     "load_plan": "morph.plan",
     "replay": "morph.surgery",
     "trace": "morph.tracing",
+    "Scores": "morph.training.evaluation",
+    "evaluate": "morph.training.evaluation",
+    "fit": "morph.training.fitting",
 }
 
 __all__ = sorted(_HOMES)

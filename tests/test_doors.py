@@ -104,6 +104,7 @@ ORDER = [
     "search_space",
     "student_search",
     "teaching",
+    "training",
     "report",
     "picture",
     "search_picture",
@@ -153,7 +154,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
+    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'Scores', 'analyse'"
     assert out.startswith(f"[] [{names}")
 
 
