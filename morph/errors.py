@@ -57,6 +57,10 @@ class EditError(MorphError):
     """An edit cannot be applied exactly; the text says to what and why."""
 
 
+class HeadError(MorphError):
+    """A model has no classifier that can be swapped, or no place for the head that was asked for; says why."""
+
+
 class GateError(MorphError):
     """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
 

@@ -73,6 +73,8 @@ ORDER = [
     "unit_scores",
     "selection",
     "surgery",
+    "head_search",
+    "head_swapping",
     "states",
     "pruning",
     "baselines",
