@@ -71,6 +71,10 @@ class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
 
 
+class FamilyError(MorphError):
+    """The settings of a family of networks are outside their ranges, or give no network."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

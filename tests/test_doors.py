@@ -102,6 +102,7 @@ ORDER = [
     "search_data",
     "search_space",
     "student_search",
+    "family",
     "report",
     "picture",
     "search_picture",
