@@ -87,6 +87,10 @@ class TeachingError(MorphError):
     """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
 
 
+class FamilyError(MorphError):
+    """The settings of a family of networks are outside their ranges, or give no network."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

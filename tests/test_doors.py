@@ -107,6 +107,7 @@ ORDER = [
     "student_search",
     "teaching",
     "training",
+    "family",
     "report",
     "picture",
     "search_picture",
