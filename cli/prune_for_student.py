@@ -287,6 +287,12 @@ def _show(record: dict[str, Any]) -> None:
     console.line(f"search         {record['steps']:,} steps, penalty {raised}")
     if record["forced"]:
         console.line(f"at the end     {record['forced']:,} gates were closed that had not arrived at zero")
+    if record["thin"]:
+        one = record["thin"][0]
+        console.line(
+            f"thin           {len(record['thin'])} layers keep less than a tenth of their gates, e.g. {one['site']} "
+            f"({one['open']:,} of {one['gates']:,})"
+        )
     if record["kept"]:
         one = record["kept"][0]["site"]
         console.line(f"kept           one channel at {len(record['kept'])} places that would have vanished, e.g. {one}")

@@ -13,7 +13,7 @@ import torch
 from morph.atomic import atomic_path
 from morph.errors import SearchStateError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def random_states() -> dict[str, Any]:
