@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     kept: Path = args.checkpoint or paths[0].with_suffix(".search")
     check_writable(kept, force=True)
     shape, classes = expected_from(args, opened)
-    images: Any = data_from(args, input_shape=shape, num_classes=classes)
+    images: Any = data_from(args, input_shape=shape, num_classes=classes, fewer=False)
     if args.augment:
         from morph.augmentation import Augmented
 

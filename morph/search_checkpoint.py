@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,9 @@ def save(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> N
         OutputError: If it cannot be written.
     """
     with atomic_path(path, force=True) as temporary:
-        torch.save({"schema": SCHEMA, "identity": dict(identity), **state}, temporary)
+        written = io.BytesIO()  # torch's own writer hides that a disk is full
+        torch.save({"schema": SCHEMA, "identity": dict(identity), **state}, written)
+        temporary.write_bytes(written.getbuffer())
 
 
 def load(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
