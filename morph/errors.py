@@ -91,6 +91,10 @@ class FamilyError(MorphError):
     """The settings of a family of networks are outside their ranges, or give no network."""
 
 
+class TapError(TeachingError):
+    """There is no such module or node to tap, or what flows there cannot be handed out as it was."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 
