@@ -111,6 +111,7 @@ ORDER = [
     "report",
     "picture",
     "search_picture",
+    "training_picture",
     "student_picture",
     "block_graph",
     "dot",

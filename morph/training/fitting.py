@@ -53,7 +53,7 @@ def fit(
             batch norms, which see a share. By default one device, the fastest that there is, in float32.
         checkpoint: A file that holds the state on the way; if it is there, the run goes on from it, and ends with the
             weights that it would have ended with, to the bit on a CPU with the same number of threads.
-        checkpoint_every: Steps between two writings of it; by default once in each round through the data.
+        checkpoint_every: Steps between two writings of it, beside those at the end of each round through the data.
         log: A ``.csv`` file for the history.
         identity: What else a checkpoint must share with this run, such as the numbers of a loss; plain values.
         on_progress: Told every some steps and at the end of each round.
@@ -94,6 +94,7 @@ def fit(
         keep = None
         if checkpoint is not None:
             facts = _identity(objective, data, validation, numbers, runner) | dict(identity or {})
+            facts = runner.broadcast(facts)  # the first process's weights count
             keep = Keep(checkpoint, checkpoint_every, facts)
         with _borrowed(objective, numbers.channels_last):
             run = Run(objective, data, validation, numbers, runner, keep, _logging(log))

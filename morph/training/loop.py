@@ -42,7 +42,7 @@ class Run:
         options: All numbers.
         fabric: Runs it.
         keep: Where its state is kept, and how often; None for nowhere.
-        on_round: Given the history after each round, before the state is saved.
+        on_round: Given the history after each round, after the state was saved, and when a run is taken up.
     """
 
     def __init__(
@@ -88,14 +88,15 @@ class Run:
                 self.done.step += 1
                 ends = self.done.step % self.length == 0
                 stop = should_stop is not None and self._agreed(should_stop())
-                saves = self.keep is not None and self.done.step % (self.keep.every or self.length) == 0
-                if ends or stop or saves or self.done.step % _LOOK_EVERY == 0:
+                saves = ends or (self.keep is not None and self.done.step % (self.keep.every or self.length) == 0)
+                if saves or stop or self.done.step % _LOOK_EVERY == 0:
                     self._require_finite(loss)
                     row = self._end_round() if ends else None
+                    if stop or saves:
+                        self.save()
+                    self._log(row)
                     if on_progress is not None:
                         on_progress(self._progress(loss, row))
-                if stop or saves:
-                    self.save()
                 if stop and self.done.step < self.steps:
                     raise KeyboardInterrupt
         return self.done
@@ -193,10 +194,15 @@ class Run:
         self.seconds, self.started = self.seconds + now - self.started, now
         self.done.history.append(row | {"seconds": round(self.seconds, 3)})
         self.sums, self.seconds = {}, 0.0
+        return self.done.history[-1]
+
+    def _log(self, row: dict[str, Any] | None) -> None:
+        """Hand the history on after a round."""
+        if row is None:
+            return
         self.fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=self.done.step)
         if self.on_round is not None and self.fabric.is_global_zero:
             self.on_round(self.done)
-        return self.done.history[-1]
 
     def _validate(self) -> Scores:
         """Scores of the student; of several processes, the first one's running means count."""
@@ -254,3 +260,5 @@ class Run:
         self.sums = {name: value.to(self.fabric.device) for name, value in state["sums"][rank].items()}
         self.seconds = state["seconds"]
         set_random_states(state["random"][rank])
+        if self.done.history and self.on_round is not None and self.fabric.is_global_zero:
+            self.on_round(self.done)
