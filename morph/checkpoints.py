@@ -271,7 +271,7 @@ def _model_changes(plan: Plan) -> tuple[str, ...]:
     """The edits that concern no tensor, in words."""
     sizes = [f"{e.module}.{e.attribute}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetAttribute)]
     sizes += [
-        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as FreeMultiheadAttention"
+        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as one of free sizes"
         for e in plan.edits
         if isinstance(e, FreeAttention)
     ]

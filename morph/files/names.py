@@ -32,6 +32,8 @@ OWN = (
     "morph.attention.FreeMultiheadAttention",
     "morph.label_heads.MultiChannelHead",
     "morph.label_heads.VotingHead",
+    "morph.window_attention.FreeShiftedWindowAttention",
+    "morph.window_attention.FreeShiftedWindowAttentionV2",
 )
 CONTAINER = "torch.nn.modules.module.Module"
 
@@ -57,6 +59,7 @@ _FUNCTIONS = {
         pow sub truediv""",
     "math": "ceil floor sqrt log prod",
     "torchvision.ops": "stochastic_depth drop_block2d",
+    "morph.window_attention": "free_shifted_window_attention",
     "torchvision.models.swin_transformer": "shifted_window_attention _get_relative_position_bias _patch_merging_pad",
     "torchvision.models.googlenet": "GoogLeNetOutputs",
     "torchvision.models.inception": "InceptionOutputs",
