@@ -20,6 +20,7 @@ from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
+from morph.random_edits import SwapHead as SwapHead
 
 SCHEMA = 1
 
@@ -91,6 +92,7 @@ Edit = (
     | Resize
     | Deepen
     | Substitute
+    | SwapHead
     | SetAttribute
     | FreeAttention
     | UseGraph
@@ -105,6 +107,7 @@ _KINDS: dict[str, type[Edit]] = {
     "resize": Resize,
     "deepen": Deepen,
     "substitute": Substitute,
+    "swaphead": SwapHead,
     "setattribute": SetAttribute,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
@@ -127,7 +130,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | Perturb)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | SwapHead | Perturb)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -296,6 +299,10 @@ def load_plan(path: Path) -> Plan:
         raise PlanMismatchError(f"{path}: not a record: it has no plan")
     if value.get("schema") != SCHEMA:
         raise PlanMismatchError(f"{path}: a record of schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    if value.get("trained") and not value["plan"]:
+        raise PlanMismatchError(
+            f"{path}: has nothing to replay: the weights were trained, the structure stayed as it was; open the model"
+        )
     if value.get("weight_preserving") is False and not value["plan"]:
         raise PlanMismatchError(
             f"{path}: has nothing to replay: its network was built afresh as {value.get('architecture')}, seed "

@@ -8,7 +8,6 @@ closes gates; the search stops when the network that would come out meets the bu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from morph.counts import Counts, count
 from morph.cut import check_reinitialise, reinitialise
 from morph.passes.gates import gates_of
 from morph.plan import Plan, Record, Reinitialise
-from morph.search_checkpoint import random_states, seed_everything, set_random_states
+from morph.search_checkpoint import fingerprint, random_states, seed_everything, set_random_states
 from morph.search_data import first_inputs
 from morph.search_loop import Search
 from morph.search_losses import UserLoss
 from morph.search_options import SearchOptions
 from morph.search_progress import Found, Keep, Progress
-from morph.search_space import SearchSpace, drops, open_space, space_facts, with_norms
+from morph.search_space import SearchSpace, drops, open_space, space_facts, thin, with_norms
 from morph.surgery import Result, environment, sizes
 
 COMMAND = "prune-for-student"
@@ -129,12 +128,8 @@ def _identity(
     teacher: nn.Module, data: Data, space: SearchSpace, options: SearchOptions, loss: UserLoss | None
 ) -> dict[str, Any]:
     """What a checkpoint must share with this search; plain values."""
-    digest = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
-        "teacher": digest.hexdigest()[:16],
+        "teacher": fingerprint(teacher.state_dict()),
         "data": repr(describe_data(data)),
         "target": f"{space.target} {space.metric}",
         "loss": options.mode if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
@@ -181,6 +176,7 @@ def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Co
         "steps": found.step,
         "reopened": found.reopened,
         "forced": found.forced,
+        "thin": thin(space.gated.sites, closed),
         "lambda2": found.lambda2,
         "weights": weights if options.inherit else f"drawn afresh, seed {options.seed}, after the check",
         "drops": drops(space.gated.sites, closed),

