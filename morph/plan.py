@@ -18,8 +18,11 @@ from morph.graph_edits import UseGraph as UseGraph
 from morph.module_edits import FreeAttention as FreeAttention
 from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
+from morph.random_edits import PutLabelHead as PutLabelHead
+from morph.random_edits import PutVotingHead as PutVotingHead
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
+from morph.random_edits import SwapHead as SwapHead
 
 SCHEMA = 1
 
@@ -91,6 +94,9 @@ Edit = (
     | Resize
     | Deepen
     | Substitute
+    | SwapHead
+    | PutLabelHead
+    | PutVotingHead
     | SetAttribute
     | FreeAttention
     | UseGraph
@@ -105,6 +111,9 @@ _KINDS: dict[str, type[Edit]] = {
     "resize": Resize,
     "deepen": Deepen,
     "substitute": Substitute,
+    "swaphead": SwapHead,
+    "putlabelhead": PutLabelHead,
+    "putvotinghead": PutVotingHead,
     "setattribute": SetAttribute,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
@@ -113,6 +122,10 @@ _KINDS: dict[str, type[Edit]] = {
     "perturb": Perturb,
     "reroute": Reroute,
 }
+
+
+DRAWING = Reinitialise | Substitute | SwapHead | PutLabelHead | PutVotingHead | Perturb
+"""Edits that draw random numbers and so do not keep the function."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | Perturb)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, DRAWING)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -198,6 +211,11 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "container": lambda value: isinstance(value, str),
     "blocks": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "copies": _whole,
+    "head": lambda value: isinstance(value, str),
+    "removed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "channels": _whole,
+    "kernel": _whole,
+    "stride": _whole,
     "zeroed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "length": _whole,
     "params": _whole,

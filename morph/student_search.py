@@ -27,7 +27,7 @@ from morph.search_loop import Search
 from morph.search_losses import UserLoss
 from morph.search_options import SearchOptions
 from morph.search_progress import Found, Keep, Progress
-from morph.search_space import SearchSpace, drops, open_space, space_facts, with_norms
+from morph.search_space import SearchSpace, drops, open_space, space_facts, thin, with_norms
 from morph.surgery import Result, environment, sizes
 
 COMMAND = "prune-for-student"
@@ -176,6 +176,7 @@ def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Co
         "steps": found.step,
         "reopened": found.reopened,
         "forced": found.forced,
+        "thin": thin(space.gated.sites, closed),
         "lambda2": found.lambda2,
         "weights": weights if options.inherit else f"drawn afresh, seed {options.seed}, after the check",
         "drops": drops(space.gated.sites, closed),
