@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from morph.cli.model_arguments import add_opening, expected_from, open_from
@@ -14,6 +15,8 @@ from morph.cli.training_data import training_data
 
 if TYPE_CHECKING:
     from morph.files import OpenedModel
+    from morph.images import LabelledImages
+    from morph.plan import Plan
 
 EPILOG = f"""\
 examples:
@@ -62,14 +65,13 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.student  # the name from which those of the outputs are made
     paths = paths_from(args, "distilled", (".json", ".svg"))
     files = check_files(args, paths[0])
-    if args.strategy == "auto" and args.devices * args.nodes > 1:
-        args.strategy = "ddp_find_unused_parameters_true"  # a hint reaches only the layers in front of it
     fabric = fabric_from(args, loggers_from(args))
     models = open_models(args)
     shape = check_shapes(args, models)
     expected = expected_from(argparse.Namespace(**{**vars(args), "input": shape}), models[-1])
     images, validation = training_data(args, input_shape=expected[0], num_classes=expected[1])
-    chain = Chain(args, models, images, validation, fabric, paths, files)
+    plans = put_voting_heads(args, models, images) if args.multi_channel else {}
+    chain = Chain(args, models, images, validation, fabric, paths, files, plans)
     if args.dry_run:
         return int(chain.show()) if args.speaks else 0
     try:
@@ -96,6 +98,37 @@ def open_models(args: argparse.Namespace) -> list[OpenedModel]:
         check_reinitialise(models[-1].model)
         reinitialise(models[-1].model, args.seed)
     return models
+
+
+def put_voting_heads(args: argparse.Namespace, models: list[OpenedModel], images: LabelledImages) -> dict[int, Plan]:
+    """Give those that are taught a head for as many channels as the teacher's, where they have none; and say how.
+
+    Raises:
+        HeadError: If the teacher has none, or one cannot be put there.
+    """
+    from morph.errors import HeadError
+    from morph.label_heads import head_of
+    from morph.label_surgery import put_voting_head
+
+    try:
+        channels = head_of(models[0].model).channels
+    except HeadError as error:
+        raise HeadError(
+            f"{models[0].source} has no head for multi-channel labels; give it one and train it: morph train "
+            f"{models[0].source} --label-channels 16"
+        ) from error
+    plans: dict[int, Plan] = {}
+    for i, opened in enumerate(models[1:], 1):
+        try:
+            found = head_of(opened.model).channels
+        except HeadError:
+            result = put_voting_head(opened.model, images.images[:2], channels=channels, seed=args.seed)
+            models[i] = dataclasses.replace(opened, model=result.model, arch=None)
+            plans[i] = result.record.plan
+            continue
+        if found != channels:
+            raise HeadError(f"{opened.source} has {found} channels for each class, the teacher {channels}")
+    return plans
 
 
 def check_shapes(args: argparse.Namespace, models: list[OpenedModel]) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from morph.cli.caching import cached
 from morph.cli.stages import HINTS, stage_files, stages_of, teach
 from morph.cli.teaching_arguments import teaching_options
 from morph.cli.training_arguments import options_from
@@ -20,6 +21,7 @@ from morph.cli.training_results import (
     scores_of,
     write,
 )
+from morph.cli.training_runs import augmented
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from morph.cli.stages import Taught
     from morph.files import OpenedModel
     from morph.images import LabelledImages
+    from morph.plan import Plan
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Chain:
         fabric: Where it runs.
         paths: Model, record and picture of the student.
         files: State and history of the student.
+        plans: How those got their heads that were given one, by their number in ``models``.
         state: The state of the run that is on the way.
     """
 
@@ -51,12 +55,14 @@ class Chain:
     fabric: Fabric
     paths: tuple[Path, ...]
     files: tuple[Path, Path]
+    plans: dict[int, Plan] = field(default_factory=dict)
     state: Path = field(init=False)
 
     def __post_init__(self) -> None:
         from morph.training.evaluation import check_fit
 
         self.state = self.files[0]
+        self.data = augmented(self.args, self.images)
         self.names = [opened.source for opened in self.models]  # as they were given
         for opened in self.models[1:]:
             self.sample = check_fit(opened.model, self.images, self.args.batch_size, opened.source)
@@ -180,6 +186,8 @@ def _run_link(chain: Chain, number: int, identity: str) -> int:
     paths, files = chain.link_paths(number)
     last = number == len(chain.models) - 1
     before = measure(student.model, chain.validation, chain.fabric)
+    if args.cache:
+        chain.data = cached(args, chain.images, teacher.model, chain.fabric)
     taught = teach(chain, teacher.model, student.model, files, "student" if last else f"assistant{number}")
     choose_weights(args, student.model, taught.fitted)
     after = measure(student.model, chain.validation, chain.fabric)
@@ -200,7 +208,14 @@ def _run_link(chain: Chain, number: int, identity: str) -> int:
         "architecture": student.arch,
     }
     result = make_result(
-        args, student.model, chain.sample, chain.images, chain.validation, details, teaching_options(args)
+        args,
+        student.model,
+        chain.sample,
+        chain.images,
+        chain.validation,
+        details,
+        teaching_options(args),
+        chain.plans.get(number),
     )
     title = f"{chain.names[number - 1]} teaches {chain.names[number]}: {args.epochs} rounds on {chain.images.source}"
     code = write(args, result, taught.fitted, paths, title, tell=last)

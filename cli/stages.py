@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from morph.cli.links import Chain
     from morph.teaching.distillation import Distillation
+    from morph.teaching.hints import Hints
+    from morph.teaching.pairing import Pairs
+    from morph.teaching.terms import Term
     from morph.training.progress import Fitted
 
 
@@ -33,35 +37,39 @@ class Stage:
 
     name: str
     epochs: int
-    objective: Distillation
+    objective: Distillation | Hints
 
     def describe(self) -> dict[str, Any]:
         """Terms, pairs with the bridges between them, and sizes; plain values."""
-        from morph.teaching.distillation import Features
+        from morph.teaching.hints import Hints
 
         objective = self.objective
-        pairs = {}
-        for name, found in objective.pairs.items():
-            term = objective.terms[name]
-            assert isinstance(term, Features)
-            project = getattr(term.loss, "channels_must_agree", True)
-            pairs[name] = [
-                {
-                    "teacher": pair.teacher,
-                    "teacher_shape": _dims(pair.teacher_shape),
-                    "student": pair.student,
-                    "student_shape": _dims(pair.student_shape),
-                    "bridge": str(pair.bridge(project=project)),
-                }
-                for pair in found
-            ]
+        terms: Mapping[str, Term]
+        if isinstance(objective, Hints):
+            terms, pairs = {objective.name: objective.term}, {objective.name: objective.pairs}
+        else:
+            terms, pairs = objective.terms, objective.pairs
         return {
-            "terms": {name: term.weight for name, term in objective.terms.items()},
-            "pairs": pairs,
+            "terms": {name: term.weight for name, term in terms.items()},
+            "pairs": {name: _told(found, terms[name]) for name, found in pairs.items()},
             "teacher_params": _size(objective.teacher),
             "student_params": _size(objective.student),
             "adapter_params": _size(objective.adapters),
         }
+
+
+def _told(pairs: Pairs, term: Any) -> list[dict[str, str]]:
+    """Pairs as plain values."""
+    return [
+        {
+            "teacher": pair.teacher,
+            "teacher_shape": _dims(pair.teacher_shape),
+            "student": pair.student,
+            "student_shape": _dims(pair.student_shape),
+            "bridge": str(pair.bridge(project=term.projects)),
+        }
+        for pair in pairs
+    ]
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,22 @@ def stages_of(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, 
         TeachingError: If teacher and student do not fit together, or a number is out of its range.
         TapError, TraceError: As elsewhere.
     """
-    plans: list[tuple[str, int, Any]]
-    if args.hint_epochs:
-        plans = [(HINTS, args.hint_epochs, hint_terms(args)), ("rest", args.epochs, other_terms(args))]
-    else:
-        plans = [("all", args.epochs, [*other_terms(args), *hint_terms(args)])]
-    return [Stage(name, epochs, _objective(args, teacher, student, terms, sample)) for name, epochs, terms in plans]
-
-
-def _objective(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, terms: Any, sample: Tensor) -> Any:
-    """The objective of some terms; adapters are drawn by the seed."""
     from morph.search_checkpoint import seed_everything
     from morph.teaching.distillation import Distillation
+    from morph.teaching.feature_losses import Hint
+    from morph.teaching.hints import Hints
 
+    stages = []
+    terms = other_terms(args, teacher, student)
+    if args.hint_epochs:
+        seed_everything(args.seed)  # of the adapters
+        hints = Hints(student, teacher, args.hint_pair, example_inputs=sample, loss=Hint(args.hint_reduction))
+        stages.append(Stage(HINTS, args.hint_epochs, hints))
+    else:
+        terms += hint_terms(args, teacher, student, sample)
     seed_everything(args.seed)
-    return Distillation(student, teacher, terms, example_inputs=sample)
+    last = Distillation(student, teacher, terms, example_inputs=sample)
+    return [*stages, Stage("rest" if stages else "all", args.epochs, last)]
 
 
 def teach(chain: Chain, teacher: nn.Module, student: nn.Module, files: tuple[Path, Path], title: str) -> Taught:
@@ -116,12 +125,12 @@ def teach(chain: Chain, teacher: nn.Module, student: nn.Module, files: tuple[Pat
         fitted = train(
             args,
             stage.objective,
-            augmented(args, chain.images),
-            chain.validation,
+            chain.data if last else augmented(args, chain.images),
+            chain.validation if last else None,
             chain.fabric,
             (state, log),
             title=title if last else f"{title}, {stage.name}",
-            identity=teaching_options(args) | {"stage": stage.name, "terms": repr(stage.objective.losses)},
+            identity=teaching_options(args) | {"stage": stage.name, "terms": repr(stage.objective)},
             options={"epochs": stage.epochs},
             prefixed=len(stages) > 1 or len(chain.models) > 2,
         )

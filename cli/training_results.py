@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from morph.images import LabelledImages
+    from morph.plan import Plan
     from morph.surgery import Result
     from morph.training.evaluation import Scores
     from morph.training.progress import Fitted
@@ -60,8 +61,9 @@ def make_result(
     validation: LabelledImages | None,
     details: Mapping[str, Any],
     options: Mapping[str, Any],
+    plan: Plan | None = None,
 ) -> Result:
-    """The trained model with its record; its structure is what it was."""
+    """The trained model with its record; ``plan`` says how its structure changed before, if it did."""
     from morph.batches import describe_data
     from morph.counts import count
     from morph.plan import Plan, Record
@@ -73,9 +75,9 @@ def make_result(
     size = sizes(count(model, sample[:1]))
     numbers = {**vars(options_from(args)), **options}
     surroundings = {**environment(model, sample), **facts}
-    return Result(
-        model, Record(args.command, numbers, Plan(()), size, size, (), {"trained": True, **details}, surroundings)
-    )
+    plan = Plan(()) if plan is None else plan
+    facts_of = {"trained": True, **details}
+    return Result(model, Record(args.command, numbers, plan, size, size, (), facts_of, surroundings))
 
 
 def write(

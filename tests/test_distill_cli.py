@@ -18,9 +18,10 @@ from lightning_fabric import Fabric
 
 import morph
 from morph.data import open_data
-from morph.teaching.distillation import Distillation, Features, Outputs
+from morph.teaching.distillation import Distillation
 from morph.teaching.feature_losses import AttentionTransfer
 from morph.teaching.losses import LogitRegression, SoftLabels
+from morph.teaching.terms import Features, Outputs
 
 MODELS = ("distill", "--teacher", "teacher.pt", "--student", "student.pt")
 FAST = ("--data", "data.npz", "--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--hold-out", "0.2")
@@ -96,6 +97,7 @@ def test_hints_first_and_then_the_rest(capsys):
     record = json.loads(out)
     first, second = record["stages"]
     assert (first["stage"], first["epochs"], list(first["terms"])) == ("hints", 1, ["hint"])
+    assert "val_top1" not in first["history"][0]
     assert (second["stage"], second["epochs"], list(second["terms"])) == ("rest", 2, ["soft_labels"])
     assert "part_hint" in first["history"][0]
     assert Path("student-distilled-hints.csv").exists()
@@ -159,6 +161,46 @@ def test_an_assistant_of_another_run_is_in_the_way(capsys):
     assert (code, err) == (0, "a-assistant1.pt is there already\n")
 
 
+def label_teacher(capsys) -> None:
+    numbers = ("--label-channels", "4", "--label-kernel", "2", "--label-stride", "2")
+    code, _, err = run(capsys, "train", "teacher.pt", *FAST, *numbers, "--out", "labels.pt", "--hold-out", "0")
+    assert (code, err) == (0, "")
+
+
+def test_multi_channel_labels_from_teacher_to_student(capsys):
+    label_teacher(capsys)
+    command = ("distill", "--teacher", "labels.pt", "--student", "student.pt", *FAST, "--multi-channel")
+    code, out, _ = run(capsys, *command, "--json", "--out", "live.pt")
+    assert code == 0
+    record = json.loads(out)
+    assert list(record["stages"][0]["terms"]) == ["multi_channel"]
+    student = morph.open_model("live.pt").model
+    assert student(torch.randn(5, 3, 8, 8)).shape == (5, 3)
+    assert sum(p.shape[0] == 12 for name, p in student.named_parameters() if name.endswith("score.weight")) == 1
+    assert run(capsys, *command, "--cache", "bits.cache", "--out", "cached.pt")[0] == 0
+    assert equal(weights("live.pt"), weights("cached.pt"))
+    before = Path("bits.cache").read_bytes()
+    assert run(capsys, *command, "--cache", "bits.cache", "--out", "again.pt")[0] == 0
+    assert equal(weights("again.pt"), weights("cached.pt"))
+    assert Path("bits.cache").read_bytes() == before
+    Path("bits.cache").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert "bits.cache" in bad(capsys, *command, "--cache", "bits.cache", "--out", "b.pt")
+    Path("bits.cache").write_bytes(before)
+    other = ("--seed", "3", "--limit", "30")
+    assert "is of another setting: samples is 32, expected 24" in bad(
+        capsys, *command, "--cache", "bits.cache", "--out", "b.pt", *other
+    )
+    assert run(capsys, "apply", "live.json", "student.pt", "--out", "structure.pt")[0] == 0
+    assert list(weights("structure.pt")) == list(weights("live.pt"))
+
+
+def test_cached_logits_teach_what_the_live_teacher_does(capsys):
+    for name, more in (("live", []), ("cached", ["--cache", "logits.cache"])):
+        assert run(capsys, *MODELS, *FAST, "--kd", *more, "--out", f"{name}.pt")[0] == 0
+    one, two = weights("live.pt"), weights("cached.pt")
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -175,6 +217,10 @@ def test_an_assistant_of_another_run_is_in_the_way(capsys):
         (["--kd", "--teacher", "flat.pt", "--input", "3x8x8"], "does not accept inputs of shape"),
         (["--kd", "--teacher", "missing.pt"], "missing.pt"),
         (["--kd", "--data", "nowhere"], "no such file"),
+        (["--multi-channel"], "morph train teacher.pt --label-channels"),
+        (["--multi-channel", "--kd"], "leave one of them out"),
+        (["--at", "--cache", "c"], "neither is learned"),
+        (["--hint", "--kd", "--hint-epochs", "1", "--hint-weight", "2"], "means nothing"),
         (["--kd", "--lr", "1e38"], "not a finite number"),
         (["--kd", "--out", "teacher.pt", "--force", "--checkpoint", "teacher.pt"], "give names that differ"),
     ],
