@@ -75,6 +75,10 @@ class FamilyError(MorphError):
     """The settings of a family of networks are outside their ranges, or give no network."""
 
 
+class StorageError(MorphError):
+    """The place where a study is kept cannot be reached or read, or a package for it is missing."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 
