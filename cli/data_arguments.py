@@ -94,14 +94,15 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def data_from(
-    args: argparse.Namespace, *, input_shape: tuple[int, ...] | None, num_classes: int | None
+    args: argparse.Namespace, *, input_shape: tuple[int, ...] | None, num_classes: int | None, note: bool = True
 ) -> LabelledImages:
     """Read the images of `add_data`; a command that has ``--seed`` lets it decide which.
+
+    With ``note`` it says so where the data has fewer classes than the model.
 
     Raises:
         DataError: As `morph.data.open_data`, or if only one of ``--mean`` and ``--std`` was given.
     """
-    from morph.cli import console
     from morph.data import open_data
     from morph.errors import DataError
 
@@ -117,12 +118,20 @@ def data_from(
         mean_std=None if args.mean is None else (args.mean, args.std),
         seed=getattr(args, "seed", 0),
     )
+    if note:
+        note_classes(data, num_classes)
+    return data
+
+
+def note_classes(data: LabelledImages, num_classes: int | None) -> None:
+    """Say so where the data has fewer classes than the model."""
+    from morph.cli import console
+
     if num_classes is not None and data.classes is not None and len(data.classes) < num_classes:
         console.note(
             f"note: {data.source} has {len(data.classes)} classes, the model {num_classes}; class folders are numbered "
             "from 0 in the order of their names"
         )
-    return data
 
 
 def data_for_scores(

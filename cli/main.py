@@ -12,6 +12,8 @@ COMMANDS = {
     "prune": "cut the least useful channels and heads out of a model",
     "expand": "grow a student into its teacher without changing what it computes",
     "prune-for-student": "search a teacher for the student that learns best from it, with channel gates",
+    "train": "train a model on labelled images, without a teacher",
+    "evaluate": "measure top-1, top-5 and loss of models on labelled images",
     "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(_module(args.command).run(args))
     except MorphError as error:
-        console.error(str(error))
+        if getattr(args, "speaks", True):  # of several processes one does
+            console.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         console.error("interrupted; nothing was written")

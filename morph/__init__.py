@@ -37,7 +37,15 @@ if TYPE_CHECKING:
     from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
+    from morph.teaching.capture import Tapped as Tapped
+    from morph.teaching.distillation import Distillation as Distillation
+    from morph.teaching.pairing import propose_pairs as propose_pairs
+    from morph.teaching.taps import Taps as Taps
+    from morph.teaching.taps import tap as tap
     from morph.tracing import trace as trace
+    from morph.training.evaluation import Scores as Scores
+    from morph.training.evaluation import evaluate as evaluate
+    from morph.training.fitting import fit as fit
     from morph.widening import widen as widen
 
 _HOMES = {
@@ -50,6 +58,11 @@ _HOMES = {
     "deepen": "morph.deepening",
     "search_student": "morph.student_search",
     "substitute": "morph.substitution",
+    "Distillation": "morph.teaching.distillation",
+    "propose_pairs": "morph.teaching.pairing",
+    "tap": "morph.teaching.taps",
+    "Tapped": "morph.teaching.capture",
+    "Taps": "morph.teaching.taps",
     "Coupling": "morph.couplings",
     "rule": "morph.analysis.user_rules",
     "check_rule": "morph.rule_checks",
@@ -71,6 +84,9 @@ _HOMES = {
     "load_plan": "morph.plan",
     "replay": "morph.surgery",
     "trace": "morph.tracing",
+    "Scores": "morph.training.evaluation",
+    "evaluate": "morph.training.evaluation",
+    "fit": "morph.training.fitting",
 }
 
 __all__ = sorted(_HOMES)

@@ -79,6 +79,22 @@ class StorageError(MorphError):
     """The place where a study is kept cannot be reached or read, or a package for it is missing."""
 
 
+class TrainingError(MorphError):
+    """A training run cannot begin with these numbers, or had to stop; the text says where its last good state is."""
+
+
+class TrainingStateError(MorphError):
+    """The saved state of a training run cannot be read, or is of another run."""
+
+
+class TeachingError(MorphError):
+    """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
+
+
+class TapError(TeachingError):
+    """There is no such module or node to tap, or what flows there cannot be handed out as it was."""
+
+
 class DeviceError(MorphError):
     """There is no such device, or it cannot compute in this precision."""
 

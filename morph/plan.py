@@ -296,6 +296,10 @@ def load_plan(path: Path) -> Plan:
         raise PlanMismatchError(f"{path}: not a record: it has no plan")
     if value.get("schema") != SCHEMA:
         raise PlanMismatchError(f"{path}: a record of schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    if value.get("trained") and not value["plan"]:
+        raise PlanMismatchError(
+            f"{path}: has nothing to replay: the weights were trained, the structure stayed as it was; open the model"
+        )
     if value.get("weight_preserving") is False and not value["plan"]:
         raise PlanMismatchError(
             f"{path}: has nothing to replay: its network was built afresh as {value.get('architecture')}, seed "

@@ -149,7 +149,7 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
     try_inputs(root, inputs)
-    module, found = _traced(root)
+    module, found = trace_calls(root)
     runner = _Shapes(module)
     with torch.no_grad():
         runner.run(*inputs)
@@ -163,10 +163,15 @@ def trace_graph(root: nn.Module) -> fx.GraphModule:
     Raises:
         TraceError: If it cannot be traced; names the line of the user's code.
     """
-    return _traced(root)[0]
+    return trace_calls(root)[0]
 
 
-def _traced(root: nn.Module) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+def trace_calls(root: nn.Module) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+    """The symbolic graph of ``root`` and, by module path, the nodes that hold its (first) output, one for each call.
+
+    Raises:
+        TraceError: If it cannot be traced; names the line of the user's code.
+    """
     tracer = _Tracer()
     try:
         graph = tracer.trace(root)

@@ -102,14 +102,17 @@ ORDER = [
     "search_data",
     "search_space",
     "student_search",
-    "family",
+    "teaching",
+    "training",
     "report",
     "picture",
     "search_picture",
+    "training_picture",
     "student_picture",
     "block_graph",
     "dot",
     "drawing",
+    "family",
 ]
 
 
@@ -152,7 +155,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
+    names = "'APG', 'Analysis', 'Coupling', 'Distillation', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'Scores'"
     assert out.startswith(f"[] [{names}")
 
 

@@ -191,7 +191,7 @@ def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path):
         ("picture.png", "not the journal of a study"),
         (
             "postgresql://me:secret@127.0.0.1:1/x",
-            r"postgresql://me@127.0.0.1:1/x: (needs psycopg2, not installed|not reachable)",
+            r"postgresql://me@127.0.0.1:1/x: (needs psycopg2?, not installed|not reachable)",
         ),
         ("sqlite:////no/such/folder/x.db", "not reachable"),
         ("nonsense://x", "not reachable"),

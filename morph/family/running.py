@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from morph.errors import TargetError
+from morph.errors import TargetError, TrainingError
 from morph.family.candidate import Outcome, Train
 from morph.family.generator import draw_network
 from morph.family.study import FamilyStudy, candidate_of
@@ -15,7 +15,7 @@ from morph.family.study import FamilyStudy, candidate_of
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-FAILURES = (RuntimeError, MemoryError, FloatingPointError, TargetError)
+FAILURES = (RuntimeError, MemoryError, FloatingPointError, TargetError, TrainingError)
 """What ends a trial and not the search: out of memory, values that are not finite, a network that is too large."""
 
 

@@ -64,7 +64,7 @@ def open_storage(where: str) -> BaseStorage:
         raise
     except ImportError as error:
         inner = error.__cause__ or error.__context__  # Optuna's own words do not say which package
-        name = error.name or getattr(inner, "name", None) or "a package"
+        name = error.name or (inner.name if isinstance(inner, ImportError) else None) or "a package"
         raise StorageError(f"{_shown(where)}: needs {name}, not installed; pip install it") from error
     except Exception as error:  # whatever the database raises
         raise StorageError(f"{_shown(where)}: not reachable: {_first_line(error)}") from error

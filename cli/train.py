@@ -1,0 +1,134 @@
+"""`morph train`: train a model on labelled images, without a teacher."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from morph.cli.model_arguments import add_model, expected_from, open_from
+from morph.cli.outputs import paths_from
+from morph.cli.running import PROCESSES, fabric_from, interrupted
+from morph.cli.training_arguments import add_training, options_from
+from morph.cli.training_data import training_data
+
+if TYPE_CHECKING:
+    from morph.files import OpenedModel
+
+EPILOG = f"""\
+examples:
+  morph train zoo:wrn-16-2 --data cifar/ --augment --nesterov --out wrn.pt
+  morph train student.pt --data images/ --schedule cosine --epochs 30 --keep best --out trained.pt
+  morph train zoo:wrn-10-1 --epochs 1                                   on the sample inside, to try it
+
+Stopped or killed, the same command goes on from its state, and ends with the same weights.
+
+{PROCESSES}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.epilog = EPILOG
+    add_model(parser)
+    parser.add_argument("--fresh", action="store_true", help="begin with weights drawn afresh, by seed")
+    parser.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of each label that is spread over all classes (default %(default)s)",
+    )
+    add_training(parser, "the trained model (default: NAME-trained.pt)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run."""
+    from morph.cli.training_runs import (
+        augmented,
+        best_path,
+        check_files,
+        loggers_from,
+        make_result,
+        scores_of,
+        train,
+        write,
+    )
+    from morph.search_checkpoint import seed_everything
+    from morph.teaching.objective import Labels
+    from morph.training.evaluation import check_fit, evaluate
+
+    options_from(args)
+    paths = paths_from(args, "trained", (".json", ".svg"))
+    files = check_files(args, paths[0])
+    fabric = fabric_from(args, loggers_from(args))
+    seed_everything(args.seed)
+    opened = open_model(args)
+    shape, classes = expected_from(args, opened)
+    images, validation = training_data(args, input_shape=shape, num_classes=classes)
+    sample = check_fit(opened.model, images, args.batch_size)
+    objective = Labels(opened.model, label_smoothing=args.label_smoothing)
+    before = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
+    if args.dry_run:
+        return _dry_run(args, opened, sample, images, validation)
+    smoothing = {"label_smoothing": args.label_smoothing}
+    try:
+        fitted = train(args, objective, augmented(args, images), validation, fabric, files, identity=smoothing)
+    except KeyboardInterrupt:
+        return int(interrupted(args, files[0]))
+    if args.keep == "best" and fitted.best is not None:
+        opened.model.load_state_dict(fitted.best)
+    after = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
+    details: dict[str, Any] = {
+        "scores_before": scores_of(before),
+        "scores_after": scores_of(after),
+        "best_epoch": fitted.best_epoch,
+        "keep": args.keep,
+        "seconds": sum(row["seconds"] for row in fitted.history),
+        "history": fitted.history,
+        "log": str(files[1]),
+        "best": str(best_path(paths[0])) if args.keep == "both" and fitted.best is not None else None,
+        "architecture": opened.arch,
+    }
+    if not args.speaks:
+        return 0
+    result = make_result(args, opened.model, sample, images, validation, details, smoothing)
+    code = write(args, result, fitted, paths, f"{opened.source}: {args.epochs} rounds on {images.source}")
+    files[0].unlink(missing_ok=True)
+    return int(code)
+
+
+def open_model(args: argparse.Namespace) -> OpenedModel:
+    """The model, with fresh weights if asked for.
+
+    Raises:
+        EditError: If they cannot be drawn afresh.
+    """
+    from morph.cut import check_reinitialise, reinitialise
+
+    opened: OpenedModel = open_from(args)
+    if args.fresh:
+        check_reinitialise(opened.model)
+        reinitialise(opened.model, args.seed)
+    return opened
+
+
+def _dry_run(args: argparse.Namespace, opened: OpenedModel, sample: Any, images: Any, validation: Any) -> int:
+    """Say what would be trained, and on what."""
+    from morph.batches import round_length
+    from morph.cli import console
+    from morph.counts import count
+
+    if not args.speaks:
+        return 0
+    counts = count(opened.model, sample[:1])
+    steps = round_length(images, args.batch_size) * args.epochs
+    facts = {"params": counts.params, "macs": counts.macs, "images": len(images), "steps": steps}
+    facts |= {"validation_images": 0 if validation is None else len(validation)}
+    if args.json:
+        console.document({"schema": 1, "command": args.command, **facts, "written": []})
+        return 0
+    console.line(f"parameters     {counts.params:,}")
+    console.line(f"multiply-adds  {counts.macs:,}  (one sample; 1 multiply-add = 1)")
+    console.line(f"images         {len(images):,} to train on, {facts['validation_images']:,} to validate on")
+    console.line(f"steps          {steps:,} in {args.epochs:,} rounds")
+    console.line("dry run: nothing trained, nothing written")
+    return 0
