@@ -119,6 +119,7 @@ ORDER = [
     "block_graph",
     "dot",
     "drawing",
+    "family",
 ]
 
 
