@@ -24,6 +24,7 @@ from morph.atomic import atomic_path, write_text
 from morph.errors import CheckFailedError, EditError, OutputError, PlanMismatchError
 from morph.plan import (
     Deepen,
+    DropBranch,
     FreeAttention,
     Perturb,
     Plan,
@@ -119,9 +120,8 @@ def edit_checkpoint(plan: Plan | Path, source: Path, out: Path, *, force: bool =
 
 def _assign(plan: Plan, sources: Sequence[Source]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor, by its name in the files; refuses what does not fit."""
-    needing = {
-        type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | Substitute | Reinitialise | Perturb)
-    }
+    making = Deepen | Substitute | Reinitialise | Perturb | DropBranch
+    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, making)}
     if needing:
         raise EditError(
             f"edits of the kind {', '.join(sorted(needing))} make new weights and need the model: open the file as one "

@@ -76,6 +76,7 @@ ORDER = [
     "pruning",
     "baselines",
     "readers",
+    "branches",
     "gate_borders",
     "gate_sites",
     "liveness",
