@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from morph.files import save_model as save_model
     from morph.gating import Gated as Gated
     from morph.gating import gate as gate
+    from morph.head_swapping import swap_head as swap_head
     from morph.passes.gates import Gate as Gate
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
     from morph.tracing import trace as trace
+    from morph.training.evaluation import Scores as Scores
+    from morph.training.evaluation import evaluate as evaluate
+    from morph.training.fitting import fit as fit
     from morph.widening import widen as widen
 
 _HOMES = {
@@ -70,7 +74,11 @@ _HOMES = {
     "Result": "morph.surgery",
     "load_plan": "morph.plan",
     "replay": "morph.surgery",
+    "swap_head": "morph.head_swapping",
     "trace": "morph.tracing",
+    "Scores": "morph.training.evaluation",
+    "evaluate": "morph.training.evaluation",
+    "fit": "morph.training.fitting",
 }
 
 __all__ = sorted(_HOMES)

@@ -36,6 +36,7 @@ from morph.plan import (
     SetConstant,
     SplitAt,
     Substitute,
+    SwapHead,
     UseGraph,
     load_plan,
 )
@@ -120,7 +121,7 @@ def edit_checkpoint(plan: Plan | Path, source: Path, out: Path, *, force: bool =
 
 def _assign(plan: Plan, sources: Sequence[Source]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor, by its name in the files; refuses what does not fit."""
-    making = Deepen | Substitute | Reinitialise | Perturb | DropBranch
+    making = Deepen | Substitute | SwapHead | Reinitialise | Perturb | DropBranch
     needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, making)}
     if needing:
         raise EditError(
@@ -275,7 +276,7 @@ def _model_changes(plan: Plan) -> tuple[str, ...]:
     """The edits that concern no tensor, in words."""
     sizes = [f"{e.module}.{e.attribute}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetAttribute)]
     sizes += [
-        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as FreeMultiheadAttention"
+        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as one of free sizes"
         for e in plan.edits
         if isinstance(e, FreeAttention)
     ]

@@ -15,6 +15,7 @@ from morph.graphs import graph_of, set_constants
 from morph.heads import free_attention
 from morph.noise import add_noise
 from morph.passes.cheap_blocks import install_block
+from morph.passes.class_heads import resize_head
 from morph.passes.insertion import insert_copies
 from morph.passes.regroup import regroup
 from morph.plan import (
@@ -32,6 +33,7 @@ from morph.plan import (
     SetConstant,
     SplitAt,
     Substitute,
+    SwapHead,
     UseGraph,
 )
 from morph.rerouting import SHIFT, drop_branches, reroute
@@ -107,6 +109,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
             )
         elif isinstance(edit, Substitute):
             install_block(grown, edit.module, edit.choice, edit.shape, edit.seed)
+        elif isinstance(edit, SwapHead):
+            resize_head(grown, edit.module, edit.shape, edit.to, edit.index, edit.seed)
         elif isinstance(edit, Reinitialise):
             reinitialise(grown, edit.seed)
 

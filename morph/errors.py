@@ -57,6 +57,10 @@ class EditError(MorphError):
     """An edit cannot be applied exactly; the text says to what and why."""
 
 
+class HeadError(MorphError):
+    """A model has no classifier that can be swapped, or no place for the head that was asked for; says why."""
+
+
 class GateError(MorphError):
     """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
 
@@ -69,6 +73,22 @@ class SearchError(MorphError):
 
 class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
+
+
+class TrainingError(MorphError):
+    """A training run cannot begin with these numbers, or had to stop; the text says where its last good state is."""
+
+
+class TrainingStateError(MorphError):
+    """The saved state of a training run cannot be read, or is of another run."""
+
+
+class TeachingError(MorphError):
+    """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
+
+
+class FamilyError(MorphError):
+    """The settings of a family of networks are outside their ranges, or give no network."""
 
 
 class DeviceError(MorphError):

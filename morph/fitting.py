@@ -38,7 +38,16 @@ _LAYOUT = {
 }
 _SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default}  # into parts whose shapes are compared
 _COPIES = {_aten.clone, _aten.alias, _aten.detach}
-_SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
+_SKIPPED = {
+    "training",
+    "num_channels",
+    "normalized_shape",
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "num_features",
+}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import nn
 
 from morph.errors import PlanMismatchError
 from morph.passes.insertion import chain_with_copies
-from morph.plan import Deepen, Edit, Plan, Regroup, Reinitialise, Resize, Substitute
+from morph.plan import Deepen, Edit, Plan, Regroup, Reinitialise, Resize, Substitute, SwapHead
 from morph.tensor_edits import Fitting, Shape, TensorEdit, tensor_of
 
-_ANY = "*"  # stands for the names inside a block that takes the place of a convolution
+_ANY = "*"  # stands for the names inside what takes the place of a layer
 Tree = dict[str, "Tree"]  # names of the children of a module, and of theirs
 
 
@@ -95,7 +95,7 @@ class _Lineage:
             }
         elif isinstance(edit, Deepen):
             self._deepen(edit)
-        elif isinstance(edit, Substitute):
+        elif isinstance(edit, Substitute | SwapHead):
             weight = self._origins.pop(f"{edit.module}.weight", None)
             self._origins.pop(f"{edit.module}.bias", None)
             if weight is not None:

@@ -21,6 +21,7 @@ from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
+from morph.random_edits import SwapHead as SwapHead
 
 SCHEMA = 1
 
@@ -92,6 +93,7 @@ Edit = (
     | Resize
     | Deepen
     | Substitute
+    | SwapHead
     | SetAttribute
     | FreeAttention
     | UseGraph
@@ -107,6 +109,7 @@ _KINDS: dict[str, type[Edit]] = {
     "resize": Resize,
     "deepen": Deepen,
     "substitute": Substitute,
+    "swaphead": SwapHead,
     "setattribute": SetAttribute,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
@@ -130,7 +133,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | Perturb)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | SwapHead | Perturb)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:

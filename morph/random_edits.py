@@ -1,4 +1,4 @@
-"""Edits that draw random numbers and so do not keep the function: fresh weights, fresh blocks, noise on copies."""
+"""Edits that draw random numbers and so do not keep the function: fresh weights, blocks and heads, noise on copies."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ class Substitute:
     module: str
     choice: str
     shape: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SwapHead:
+    """Give a classifier another number of classes; some keep the weights of an old class, the others are drawn afresh.
+
+    Attributes:
+        module: Path of the linear layer or convolution.
+        shape: Shape of its weight before, by which a plan knows its model.
+        to: Number of classes afterwards.
+        index: For each of the first classes afterwards, the old class whose weights it keeps; the others are fresh.
+        seed: Seed of the draw.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    to: int
+    index: tuple[int, ...]
     seed: int
 
 

@@ -30,20 +30,30 @@ def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> 
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the teacher gives {got}; expected logits [N, classes]")
-    _check_classes(data, first[1], logits.shape[1])
+    check_classes(data, first[1], logits.shape[1])
     return inputs
 
 
-def _check_classes(data: Data, labels: Tensor, classes: int) -> None:
-    """The labels must be the teacher's classes: all of them where they are known, else those of the first batch."""
+def check_classes(data: Data, labels: Tensor, classes: int, model: str = "the teacher") -> None:
+    """The labels must be the model's classes: all of them where they are known, else those of the first batch.
+
+    Args:
+        data: What was given.
+        labels: Those of its first batch.
+        classes: How many the model tells apart.
+        model: Its name in errors.
+
+    Raises:
+        DataError: If they are not.
+    """
     if isinstance(data, Augmented):
         data = data.images
     if isinstance(data, LabelledImages):
         labels = data.labels
         if data.classes is not None and len(data.classes) != classes:
             raise DataError(
-                f"the teacher tells {classes} classes apart, {data.source} has {len(data.classes)}; give data of the "
-                "teacher's classes"
+                f"{model} tells {classes} classes apart, {data.source} has {len(data.classes)}; give data of "
+                f"{model}'s classes"
             )
     elif isinstance(data, tuple):
         labels = data[1]
@@ -53,5 +63,5 @@ def _check_classes(data: Data, labels: Tensor, classes: int) -> None:
     if lowest < 0 or highest >= classes:
         wrong = lowest if lowest < 0 else highest
         raise DataError(
-            f"the teacher tells {classes} classes apart, the data has label {wrong}; give data of the teacher's classes"
+            f"{model} tells {classes} classes apart, the data has label {wrong}; give data of {model}'s classes"
         )

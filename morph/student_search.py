@@ -8,7 +8,6 @@ closes gates; the search stops when the network that would come out meets the bu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from morph.counts import Counts, count
 from morph.cut import check_reinitialise, reinitialise
 from morph.passes.gates import gates_of
 from morph.plan import Plan, Record, Reinitialise
-from morph.search_checkpoint import random_states, seed_everything, set_random_states
+from morph.search_checkpoint import fingerprint, random_states, seed_everything, set_random_states
 from morph.search_data import first_inputs
 from morph.search_loop import Search
 from morph.search_losses import UserLoss
@@ -129,12 +128,8 @@ def _identity(
     teacher: nn.Module, data: Data, space: SearchSpace, options: SearchOptions, loss: UserLoss | None
 ) -> dict[str, Any]:
     """What a checkpoint must share with this search; plain values."""
-    digest = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
-        "teacher": digest.hexdigest()[:16],
+        "teacher": fingerprint(teacher.state_dict()),
         "data": repr(describe_data(data)),
         "target": f"{space.target} {space.metric}",
         "loss": options.mode if loss is None else getattr(loss, "__qualname__", type(loss).__name__),

@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "atomic",
     "attention",
+    "window_attention",
     "module_edits",
     "interpreter",
     "zoo",
@@ -72,6 +73,8 @@ ORDER = [
     "unit_scores",
     "selection",
     "surgery",
+    "head_search",
+    "head_swapping",
     "states",
     "pruning",
     "baselines",
@@ -103,6 +106,9 @@ ORDER = [
     "search_data",
     "search_space",
     "student_search",
+    "teaching",
+    "training",
+    "family",
     "report",
     "picture",
     "search_picture",
@@ -152,7 +158,7 @@ def test_importing_the_package_costs_nothing():
     heavy = "[m for m in ('torch', 'torchvision', 'numpy') if m in sys.modules]"
     script = f"import sys, morph; print({heavy}, sorted(morph.__all__))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'analyse'"
+    names = "'APG', 'Analysis', 'Coupling', 'Gate', 'Gated', 'Plan', 'Record', 'Result', 'Scores', 'analyse'"
     assert out.startswith(f"[] [{names}")
 
 

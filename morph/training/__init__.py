@@ -1,0 +1,1 @@
+"""The training engine: one loop over Lightning Fabric for students with and without a teacher."""
