@@ -113,6 +113,7 @@ ORDER = [
     "search_picture",
     "training_picture",
     "student_picture",
+    "teaching_picture",
     "block_graph",
     "dot",
     "drawing",
