@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "atomic",
     "attention",
+    "label_heads",
     "window_attention",
     "module_edits",
     "interpreter",
@@ -75,10 +76,13 @@ ORDER = [
     "surgery",
     "head_search",
     "head_swapping",
+    "label_surgery",
+    "labels",
     "states",
     "pruning",
     "baselines",
     "readers",
+    "branches",
     "gate_borders",
     "gate_sites",
     "liveness",
@@ -107,7 +111,6 @@ ORDER = [
     "student_search",
     "teaching",
     "training",
-    "family",
     "report",
     "picture",
     "search_picture",
@@ -117,6 +120,7 @@ ORDER = [
     "block_graph",
     "dot",
     "drawing",
+    "family",
 ]
 
 
