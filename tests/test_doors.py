@@ -116,6 +116,7 @@ ORDER = [
     "search_picture",
     "training_picture",
     "student_picture",
+    "teaching_picture",
     "block_graph",
     "dot",
     "drawing",

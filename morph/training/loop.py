@@ -160,9 +160,11 @@ class Run:
         """Add a batch to the sums of the round, which stay on the device."""
         if not weight:
             return
-        labels, logits = labels_of(batch[1]), step.logits.detach()
+        labels = labels_of(batch[1])
         number = len(labels)
-        found = {"loss": loss * number, "hits": (logits.argmax(1) == labels).sum()}
+        found = {"loss": loss * number}
+        if step.logits is not None:  # a stage of hints has none
+            found["hits"] = (step.logits.detach().argmax(1) == labels).sum()
         found |= {f"part_{name}": value.detach() * number for name, value in step.parts.items()}
         for name, value in found.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(self.fine)
@@ -191,7 +193,10 @@ class Run:
         means = {name: float(value / sums["number"]) for name, value in sums.items() if name != "number"}
         row: dict[str, Any] = {"epoch": epoch, "step": self.done.step}
         row |= {"lr": options.learning_rate(self.done.step - 1, self.length)}
-        row |= {"loss": means.pop("loss"), "top1": means.pop("hits")} | means
+        row["loss"] = means.pop("loss")
+        if "hits" in means:
+            row["top1"] = means.pop("hits")
+        row |= means
         if self.validation is not None and (epoch % options.validate_every == 0 or epoch == options.epochs):
             scores = self._validate()
             row |= {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
