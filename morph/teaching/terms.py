@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.label_heads import LabelHead, score_path
 from morph.teaching.adapters import Bridge
 from morph.teaching.losses import MultiChannelBCE, OutputLoss
 from morph.teaching.objective import check_weight
@@ -71,15 +73,17 @@ class Channels:
 
     Attributes:
         student: Tap of the student that gives the logits of the channels, before the sigmoid:
-            ``[N, classes * channels]``, or more axes that are flattened.
-        teacher: Likewise of the teacher; None if bits come with the labels.
+            ``[N, classes * channels]``, or more axes that are flattened. None for that of its label head
+            (`morph.label_heads`).
+        teacher: Likewise of the teacher; None for that of its label head, or, if it has none, for none: bits then come
+            with the labels.
         threshold: Above 0 and below 1.
         loss: As `morph.teaching.losses.MultiChannelBCE`.
         weight: 0 or above.
         name: What the part is called.
     """
 
-    student: str
+    student: str | None = None
     teacher: str | None = None
     threshold: float = 0.5
     loss: nn.Module = field(default_factory=MultiChannelBCE)
@@ -119,6 +123,20 @@ def named_terms(terms: Sequence[Term | nn.Module]) -> dict[str, Term]:
     if not found:
         raise TeachingError("a distillation of no terms; give one or more losses, or train with Labels(student)")
     return found
+
+
+def with_taps(term: Term, teacher: nn.Module, student: nn.Module) -> Term:
+    """A term on channels with the taps of the label heads, where none are named; any other as it is.
+
+    Raises:
+        HeadError: If the student has no label head; says how it gets one.
+    """
+    if not isinstance(term, Channels):
+        return term
+    found = term.student or score_path(student)
+    heads = sum(isinstance(module, LabelHead) for module in teacher.modules())
+    theirs = term.teacher or (score_path(teacher) if heads == 1 else None)
+    return dataclasses.replace(term, student=found, teacher=theirs)
 
 
 def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inputs: Any) -> Pairs:

@@ -36,6 +36,7 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     on_progress: Callable[[FitProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    pause_after: int | None = None,
     **options: Any,
 ) -> Fitted:
     """Train what an objective holds, in place.
@@ -60,6 +61,8 @@ def fit(
         identity: What else a checkpoint must share with this run, such as the numbers of a loss; plain values.
         on_progress: Told every some steps and at the end of each round.
         should_stop: Asked after every step; if it says so, the state is written and KeyboardInterrupt raised.
+        pause_after: Rounds after which it ends for now, with the state written; the same call with a larger number, or
+            none, goes on as if there had been no pause. The learning rates are those of the whole run.
         **options: The fields of `morph.training.options.FitOptions`: ``epochs``, ``lr``, ``schedule``, ``optimizer``,
             ``batch_size``, ``seed`` and more.
 
@@ -102,7 +105,7 @@ def fit(
             run = Run(objective, data, validation, numbers, runner, keep, _logging(log), log_prefix)
             if keep is not None and keep.path.exists():
                 run.resume()
-            return run.run(on_progress, should_stop)
+            return run.run(on_progress, should_stop, pause_after)
     finally:
         set_random_states(states)
 

@@ -76,9 +76,12 @@ class Run:
         self.finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
     def run(
-        self, on_progress: Callable[[FitProgress], None] | None = None, should_stop: Callable[[], bool] | None = None
+        self,
+        on_progress: Callable[[FitProgress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        pause_after: int | None = None,
     ) -> Fitted:
-        """Go on until the last round is over.
+        """Go on until the last round is over, or that of ``pause_after``.
 
         Raises:
             TrainingError: If the loss or a weight is not finite; the state that was saved last stays.
@@ -86,7 +89,8 @@ class Run:
             KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
         """
         self.started = time.perf_counter()
-        while self.done.step < self.steps:
+        end = self.steps if pause_after is None else min(self.steps, pause_after * self.length)
+        while self.done.step < end:
             for batch in self._batches():
                 loss = self._step(batch)
                 self.done.step += 1
@@ -159,7 +163,7 @@ class Run:
         labels = labels_of(batch[1])
         number = len(labels)
         found = {"loss": loss * number}
-        if step.logits is not None:
+        if step.logits is not None:  # a stage of hints has none
             found["hits"] = (step.logits.detach().argmax(1) == labels).sum()
         found |= {f"part_{name}": value.detach() * number for name, value in step.parts.items()}
         for name, value in found.items():
