@@ -42,19 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run."""
-    from morph.cli.training_runs import (
-        augmented,
-        best_path,
-        check_files,
-        loggers_from,
-        make_result,
-        scores_of,
-        train,
-        write,
-    )
+    from morph.cli.training_results import choose_weights, details_of, make_result, measure, scores_of, write
+    from morph.cli.training_runs import augmented, check_files, loggers_from, train
     from morph.search_checkpoint import seed_everything
     from morph.teaching.objective import Labels
-    from morph.training.evaluation import check_fit, evaluate
+    from morph.training.evaluation import check_fit
 
     options_from(args)
     paths = paths_from(args, "trained", (".json", ".svg"))
@@ -66,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     images, validation = training_data(args, input_shape=shape, num_classes=classes)
     sample = check_fit(opened.model, images, args.batch_size)
     objective = Labels(opened.model, label_smoothing=args.label_smoothing)
-    before = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
+    before = measure(opened.model, validation, fabric)
     if args.dry_run:
         return _dry_run(args, opened, sample, images, validation)
     smoothing = {"label_smoothing": args.label_smoothing}
@@ -74,22 +66,11 @@ def run(args: argparse.Namespace) -> int:
         fitted = train(args, objective, augmented(args, images), validation, fabric, files, identity=smoothing)
     except KeyboardInterrupt:
         return int(interrupted(args, files[0]))
-    if args.keep == "best" and fitted.best is not None:
-        opened.model.load_state_dict(fitted.best)
-    after = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
-    details: dict[str, Any] = {
-        "scores_before": scores_of(before),
-        "scores_after": scores_of(after),
-        "best_epoch": fitted.best_epoch,
-        "keep": args.keep,
-        "seconds": sum(row["seconds"] for row in fitted.history),
-        "history": fitted.history,
-        "log": str(files[1]),
-        "best": str(best_path(paths[0])) if args.keep == "both" and fitted.best is not None else None,
-        "architecture": opened.arch,
-    }
+    choose_weights(args, opened.model, fitted)
+    scores = {"scores_before": scores_of(before), "scores_after": scores_of(measure(opened.model, validation, fabric))}
     if not args.speaks:
         return 0
+    details = {**scores, **details_of(args, fitted, files[1], paths[0]), "architecture": opened.arch}
     result = make_result(args, opened.model, sample, images, validation, details, smoothing)
     code = write(args, result, fitted, paths, f"{opened.source}: {args.epochs} rounds on {images.source}")
     files[0].unlink(missing_ok=True)

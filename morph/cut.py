@@ -53,7 +53,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         EditError: If an edit cannot be exact on these weights.
         TraceError: If the plan needs the traced graph and there is none.
     """
-    _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
+    if any(isinstance(edit, Regroup) for edit in plan.edits):
+        _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
     grown = model
     for edits in _batches(plan.edits):
         kind = _kind(edits[0])

@@ -138,7 +138,11 @@ def head_of(model: nn.Module) -> LabelHead:
 
 
 def score_path(model: nn.Module) -> str:
-    """Path of the layer whose output are the logits of the channels, for a tap; errors as `head_of`."""
+    """Path of the layer that gives the logits of the channels, as `morph.teaching.terms.Channels` wants it.
+
+    Raises:
+        HeadError: As `head_of`.
+    """
     score = head_of(model).score
     paths: list[str] = [path for path, module in model.named_modules() if module is score]
     return paths[0]

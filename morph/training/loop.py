@@ -21,10 +21,11 @@ from morph.batches import round_length
 from morph.errors import DataError, MorphError, TrainingError, TrainingStateError
 from morph.search_checkpoint import Kind, load, random_states, save, set_random_states
 from morph.search_progress import Keep
+from morph.teaching.objective import labels_of
 from morph.training.evaluation import Scores, score
 from morph.training.options import FitOptions
 from morph.training.progress import FitProgress, Fitted
-from morph.training.rounds import Batch, fine_type, labels_of, moved, parts, seeded_round, share
+from morph.training.rounds import Batch, fine_type, moved, parts, seeded_round, share
 
 STATE = Kind("training run", 1, TrainingStateError)
 
@@ -43,6 +44,7 @@ class Run:
         fabric: Runs it.
         keep: Where its state is kept, and how often; None for nowhere.
         on_round: Given the history after each round, after the state was saved, and when a run is taken up.
+        log_prefix: In front of the names of what the loggers of ``fabric`` get.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Run:
         fabric: Fabric,
         keep: Keep | None = None,
         on_round: Callable[[Fitted], None] | None = None,
+        log_prefix: str = "",
     ) -> None:
         self.data, self.validation, self.options = data, validation, options
         self.fabric, self.keep, self.on_round = fabric, keep, on_round
+        self.log_prefix = log_prefix
         self.length = round_length(data, options.batch_size)
         self.steps = options.epochs * self.length
         if options.channels_last:
@@ -209,7 +213,8 @@ class Run:
         """Hand the history on after a round."""
         if row is None:
             return
-        self.fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=self.done.step)
+        values = {f"{self.log_prefix}{key}": value for key, value in row.items() if key != "step"}
+        self.fabric.log_dict(values, step=self.done.step)
         if self.on_round is not None and self.fabric.is_global_zero:
             self.on_round(self.done)
 
