@@ -41,17 +41,11 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """Terms, pairs with the bridges between them, and sizes; plain values."""
-        from morph.teaching.hints import Hints
-
         objective = self.objective
-        terms: Mapping[str, Term]
-        if isinstance(objective, Hints):
-            terms, pairs = {objective.name: objective.term}, {objective.name: objective.pairs}
-        else:
-            terms, pairs = objective.terms, objective.pairs
+        terms: Mapping[str, Term] = objective.terms
         return {
             "terms": {name: term.weight for name, term in terms.items()},
-            "pairs": {name: _told(found, terms[name]) for name, found in pairs.items()},
+            "pairs": {name: _told(found, terms[name]) for name, found in objective.pairs.items()},
             "teacher_params": _size(objective.teacher),
             "student_params": _size(objective.student),
             "adapter_params": _size(objective.adapters),
@@ -96,14 +90,13 @@ def stages_of(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, 
     """
     from morph.search_checkpoint import seed_everything
     from morph.teaching.distillation import Distillation
-    from morph.teaching.feature_losses import Hint
     from morph.teaching.hints import Hints
 
     stages = []
     terms = other_terms(args, teacher, student)
     if args.hint_epochs:
         seed_everything(args.seed)  # of the adapters
-        hints = Hints(student, teacher, args.hint_pair, example_inputs=sample, loss=Hint(args.hint_reduction))
+        hints = Hints(student, teacher, hint_terms(args, teacher, student, sample), example_inputs=sample)
         stages.append(Stage(HINTS, args.hint_epochs, hints))
     else:
         terms += hint_terms(args, teacher, student, sample)

@@ -11,7 +11,7 @@ from morph.cli.data_arguments import positive
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from morph.teaching.terms import Term
+    from morph.teaching.terms import Features, Term
 
 
 def add_teaching(parser: argparse.ArgumentParser) -> None:
@@ -165,14 +165,12 @@ def check_teaching(args: argparse.Namespace) -> None:
         for name in names:
             if getattr(args, name) and not getattr(args, loss):
                 raise TeachingError(f"--{name.replace('_', '-')} is given without --{loss}; give both, or neither")
-    if args.hint_epochs and args.hint_weight != 1:
-        raise TeachingError("--hint-weight means nothing where hints are learned alone; leave it or --hint-epochs out")
     if args.hint_epochs and not (args.kd or args.logits or args.at or args.multi_channel or _label_weight(args)):
         raise TeachingError("--hint-epochs is the stage before another; name what follows: --kd, --logits or --at")
 
 
-def hint_terms(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, sample: Tensor) -> list[Term]:
-    """The term of the hints beside others; by default between the middle one of the pairs that are proposed.
+def hint_terms(args: argparse.Namespace, teacher: nn.Module, student: nn.Module, sample: Tensor) -> list[Features]:
+    """The term of the hints; by default between the middle one of the pairs that are proposed.
 
     Raises:
         TeachingError: If a number is out of its range, or there is nothing to pair.

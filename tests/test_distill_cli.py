@@ -220,7 +220,6 @@ def test_cached_logits_teach_what_the_live_teacher_does(capsys):
         (["--multi-channel"], "morph train teacher.pt --label-channels"),
         (["--multi-channel", "--kd"], "leave one of them out"),
         (["--at", "--cache", "c"], "neither is learned"),
-        (["--hint", "--kd", "--hint-epochs", "1", "--hint-weight", "2"], "means nothing"),
         (["--kd", "--lr", "1e38"], "not a finite number"),
         (["--kd", "--out", "teacher.pt", "--force", "--checkpoint", "teacher.pt"], "give names that differ"),
     ],
