@@ -12,7 +12,9 @@ COMMANDS = {
     "prune": "cut the least useful channels and heads out of a model",
     "expand": "grow a student into its teacher without changing what it computes",
     "prune-for-student": "search a teacher for the student that learns best from it, with channel gates",
+    "search": "search for the family of random-graph students that learns best from a teacher",
     "train": "train a model on labelled images, without a teacher",
+    "distill": "teach a student by a teacher, directly or through assistants",
     "evaluate": "measure top-1, top-5 and loss of models on labelled images",
     "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv  # for commands that start themselves in further processes
     if args.print_completion:
         import shtab
 

@@ -18,6 +18,11 @@ def add_model(
 ) -> None:
     """Add the positional argument of a model (with ``nargs``, of several), how it may be opened, and ``--input``."""
     parser.add_argument(name, metavar=name.upper(), help=help, nargs=nargs)
+    add_opening(parser)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add how models may be opened, and ``--input``."""
     parser.add_argument(
         "--arch",
         metavar="NAME",

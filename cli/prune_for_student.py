@@ -249,6 +249,9 @@ def _show(record: dict[str, Any]) -> None:
             f"thin           {len(record['thin'])} layers keep less than a tenth of their gates, e.g. {one['site']} "
             f"({one['open']:,} of {one['gates']:,})"
         )
+    if record["branches_gone"]:
+        one = record["branches_gone"][0]["layer"]
+        console.line(f"dropped        {len(record['branches_gone'])} residual branches whole, e.g. that of {one}")
     if record["kept"]:
         one = record["kept"][0]["site"]
         console.line(f"kept           one channel at {len(record['kept'])} places that would have vanished, e.g. {one}")

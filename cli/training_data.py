@@ -38,11 +38,11 @@ def training_data(
     else:
         test = None
     if test is None and held != 0:
-        images, test = _set_aside(images, _HOLD_OUT if held is None else held, args.seed)
+        images, test = set_aside(images, _HOLD_OUT if held is None else held, args.seed)
     return images, test
 
 
-def _set_aside(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+def set_aside(images: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Split the images by seed.
 
     Raises:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from morph.deepening import deepen as deepen
     from morph.drawing import draw as draw
     from morph.expansion import expand as expand
+    from morph.family.generator import draw_network as draw_network
+    from morph.family.search import search_family as search_family
+    from morph.family.settings import FamilySettings as FamilySettings
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
     from morph.gating import Gated as Gated
@@ -59,6 +62,9 @@ _HOMES = {
     "prune": "morph.pruning",
     "widen": "morph.widening",
     "deepen": "morph.deepening",
+    "draw_network": "morph.family.generator",
+    "FamilySettings": "morph.family.settings",
+    "search_family": "morph.family.search",
     "search_student": "morph.student_search",
     "substitute": "morph.substitution",
     "Distillation": "morph.teaching.distillation",

@@ -25,6 +25,7 @@ from morph.errors import CheckFailedError, EditError, OutputError, PlanMismatchE
 from morph.plan import (
     DRAWING,
     Deepen,
+    DropBranch,
     FreeAttention,
     Plan,
     Regroup,
@@ -117,7 +118,7 @@ def edit_checkpoint(plan: Plan | Path, source: Path, out: Path, *, force: bool =
 
 def _assign(plan: Plan, sources: Sequence[Source]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor, by its name in the files; refuses what does not fit."""
-    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | DRAWING)}
+    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | DropBranch | DRAWING)}
     if needing:
         raise EditError(
             f"edits of the kind {', '.join(sorted(needing))} make new weights and need the model: open the file as one "

@@ -79,6 +79,10 @@ class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
 
 
+class StorageError(MorphError):
+    """The place where a study is kept cannot be reached or read, or a package for it is missing."""
+
+
 class TrainingError(MorphError):
     """A training run cannot begin with these numbers, or had to stop; the text says where its last good state is."""
 

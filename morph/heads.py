@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from morph.analysis.recording import named_tensors
+from morph.analysis.recording import named_modules, named_tensors
 from morph.attention import FreeMultiheadAttention
 from morph.errors import PlanMismatchError
 from morph.plan import FreeAttention, Resize, SetAttribute
@@ -34,7 +34,7 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
     """
     found: list[SizeEdit] = []
     known = _classes()
-    modules: list[tuple[str, Any]] = [(p, m) for p, m in model.named_modules() if type(m) in known]
+    modules: list[tuple[str, Any]] = [(p, m) for p, m in named_modules(model) if type(m) in known]
     if not modules:
         return found
     names = {id(tensor): name for name, tensor in named_tensors(model)}
@@ -69,7 +69,7 @@ def free_attention(model: nn.Module, edits: Sequence[FreeAttention]) -> None:
 
     A `torch.nn.TransformerEncoder` around it gives up nested tensors, which only torch's fused kernel can take.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     known = _classes()
     for edit in edits:
         module: Any = modules.get(edit.module)

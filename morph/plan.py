@@ -11,6 +11,7 @@ from typing import Any
 
 from morph.atomic import write_text
 from morph.errors import PlanMismatchError
+from morph.graph_edits import DropBranch as DropBranch
 from morph.graph_edits import Reroute as Reroute
 from morph.graph_edits import SetConstant as SetConstant
 from morph.graph_edits import SplitAt as SplitAt
@@ -104,6 +105,7 @@ Edit = (
     | SplitAt
     | Perturb
     | Reroute
+    | DropBranch
 )
 _KINDS: dict[str, type[Edit]] = {
     "regroup": Regroup,
@@ -121,6 +123,7 @@ _KINDS: dict[str, type[Edit]] = {
     "splitat": SplitAt,
     "perturb": Perturb,
     "reroute": Reroute,
+    "dropbranch": DropBranch,
 }
 
 
@@ -196,6 +199,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "deviation": lambda value: isinstance(value, float | int) and 0 <= value < float("inf"),
     "index": lambda value: isinstance(value, list) and all(map(_whole, value)),
     "scale": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
+    "shift": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
     "attribute": lambda value: isinstance(value, str) and value.isidentifier(),
     "value": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
     "new": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),

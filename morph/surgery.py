@@ -13,12 +13,13 @@ from torch import nn
 
 from morph.analysis import analyse
 from morph.analysis.edits import closes_gates, drops, times_of
-from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError
 from morph.plan import (
     Check,
+    DropBranch,
     Perturb,
     Plan,
     PutLabelHead,
@@ -107,6 +108,9 @@ def _silenced(model: nn.Module, plan: Plan, inputs: Inputs) -> Check:
     """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
     cut = apply_plan(copy.deepcopy(model).double(), plan)
     resizes = [edit for edit in plan.edits if isinstance(edit, Resize)]
+    tensors = dict(named_tensors(model))
+    names = [f"{edit.module}.weight" for edit in plan.edits if isinstance(edit, DropBranch)]
+    resizes += [Resize(name, 0, len(tensors[name]), ()) for name in names]
     return compare("parameters set to zero", run_silenced(resizes, model, inputs), cut, inputs, CUT_LIMIT)
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import morph
-from morph.errors import TapError, TeachingError, TraceError
+from morph.errors import HeadError, TapError, TeachingError, TraceError
+from morph.label_heads import score_path
 from morph.search_losses import kl_divergence
 from morph.teaching.distillation import Distillation
 from morph.teaching.feature_losses import AttentionTransfer, Hint, attention_map
@@ -163,6 +164,21 @@ def test_several_sizes_of_images():
         assert torch.isfinite(objective(torch.randn(7, 3, size, size, dtype=torch.float64), y).loss)
 
 
+def test_pairs_say_what_their_bridges_do():
+    x = torch.zeros(1, 3, 32, 32)
+    terms = [Features(Hint()), Features(AttentionTransfer())]
+    objective = Distillation(build("wrn-10-1"), build("wrn-16-2"), terms, example_inputs=x)
+    assert "1x1 convolution 16 -> 32" in str(objective.pairs["hint"])
+    assert "convolution" not in str(objective.pairs["attention_transfer"])
+    assert not list(objective.adapters["attention_transfer"].parameters())
+    again = Distillation(
+        build("wrn-10-1"),
+        build("wrn-16-2"),
+        [Features(AttentionTransfer(), objective.pairs["hint"])],
+    )
+    assert str(again.pairs["attention_transfer"]) == str(objective.pairs["attention_transfer"])
+
+
 def test_auxiliary_heads_learn_from_the_labels():
     student, teacher = build("darts-10"), build("wrn-10-1")
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
@@ -219,14 +235,28 @@ def test_channels_from_the_teacher_and_from_a_cache():
         without(x, (y, bits[:, :8].bool()))
 
 
+def test_channels_find_the_label_heads():
+    x, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 9])
+    teacher = morph.put_label_head(build("wrn-10-1"), x).model
+    student = morph.put_voting_head(build("vgg-student"), x).model
+    objective = Distillation(student, teacher, [Channels()], example_inputs=x)
+    with torch.no_grad():
+        expected = Distillation(student, teacher, [Channels(score_path(student), score_path(teacher))])(x, y)
+        assert torch.equal(objective(x, y).loss, expected.loss)
+    bits = torch.randint(2, (3, 160), dtype=torch.uint8)
+    assert Distillation(student, build("wrn-10-1"), [Channels()])(x, (y, bits)).loss > 0
+    with pytest.raises(HeadError, match="put_voting_head"):
+        Distillation(build("wrn-10-1"), teacher, [Channels()])
+
+
 def test_hints_teach_the_guided_part_alone():
     student, teacher, x, y = setting()
-    hints = Hints(student, teacher, [("a", "a")], example_inputs=x).train()
+    hints = Hints(student, teacher, [Features(Hint(), [("a", "a")])], example_inputs=x).train()
     assert hints.guided == {"a.0.weight", "a.0.bias", "a.1.weight", "a.1.bias"}
     names = [name for name, _ in hints.named_parameters()]
     assert names == [f"student.{n}" for n, _ in student.named_parameters() if n in hints.guided] + [
-        "adapters.0.adapter.weight",
-        "adapters.0.adapter.bias",
+        "adapters.hint.0.adapter.weight",
+        "adapters.hint.0.adapter.bias",
     ]
     assert len(list(hints.parameters())) == 6
     assert "student.head.weight" in hints.state_dict()
@@ -248,7 +278,7 @@ def test_hints_teach_the_guided_part_alone():
 
 def test_hints_with_several_processes_wait_for_no_other_parameters(tmp_path):
     student, teacher, x, y = setting()
-    hints = Hints(student, teacher, [("a", "a")], example_inputs=x)
+    hints = Hints(student, teacher, [Features(Hint(), [("a", "a")])], example_inputs=x)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(hints)
@@ -260,9 +290,20 @@ def test_hints_with_several_processes_wait_for_no_other_parameters(tmp_path):
     assert student.head.weight.grad is None
 
 
+def test_hints_in_the_training_loop():
+    student, teacher, x, y = setting()
+    hints = Hints(student.float(), teacher.float(), [Features(Hint(), [("a", "a")], 2.0)], example_inputs=x.float())
+    head = student.head.weight.detach().clone()
+    fitted = morph.fit(hints, (x.float(), y), epochs=3, lr=0.1, batch_size=7)
+    assert [set(row) & {"top1", "part_hint", "loss"} for row in fitted.history] == [{"part_hint", "loss"}] * 3
+    assert all(row["loss"] == pytest.approx(2 * row["part_hint"]) for row in fitted.history)
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+    assert torch.equal(student.head.weight, head)
+
+
 def test_hints_take_the_middle_pair():
     hints = Hints(build("wrn-10-1"), build("wrn-16-2"), example_inputs=torch.zeros(1, 3, 32, 32))
-    assert [(pair.teacher, pair.student) for pair in hints.pairs] == [("groups.1", "groups.1")]
+    assert [(pair.teacher, pair.student) for pair in hints.pairs["hint"]] == [("groups.1", "groups.1")]
 
 
 @pytest.mark.parametrize(
@@ -303,4 +344,6 @@ def test_teacher_and_student_that_do_not_fit():
     with pytest.raises(TeachingError, match=r"the teacher gives outputs of \(7, 3, 8, 5\)"):
         Distillation(student, nn.Linear(8, 5).double(), [SoftLabels()], example_inputs=x)
     with pytest.raises(TeachingError, match="parameters are frozen"):
-        Hints(student.requires_grad_(False), teacher, [("a", "a")], example_inputs=x)
+        Hints(student.requires_grad_(False), teacher, [Features(Hint(), [("a", "a")])], example_inputs=x)
+    with pytest.raises(TeachingError, match="soft_labels is no loss on features"):
+        Hints(student, teacher, [Outputs(SoftLabels())], example_inputs=x)

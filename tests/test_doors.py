@@ -82,6 +82,7 @@ ORDER = [
     "pruning",
     "baselines",
     "readers",
+    "branches",
     "gate_borders",
     "gate_sites",
     "liveness",
@@ -110,15 +111,16 @@ ORDER = [
     "student_search",
     "teaching",
     "training",
-    "family",
     "report",
     "picture",
     "search_picture",
     "training_picture",
     "student_picture",
+    "teaching_picture",
     "block_graph",
     "dot",
     "drawing",
+    "family",
 ]
 
 

@@ -23,17 +23,11 @@ from morph.teaching.objective import (
 )
 from morph.teaching.pairing import Pairs
 from morph.teaching.taps import Taps, tap
-from morph.teaching.terms import (
-    Channels,
-    Features,
-    Outputs,
-    Term,
-    bridges_of,
-    loss_of_pairs,
-    named_terms,
-    pairs_of,
-    widened,
-)
+from morph.teaching.terms import Channels as Channels
+from morph.teaching.terms import Features as Features
+from morph.teaching.terms import Outputs as Outputs
+from morph.teaching.terms import Term as Term
+from morph.teaching.terms import bridges_of, loss_of_pairs, named_terms, pairs_of, widened, with_taps
 
 
 class Distillation(WithTeacher):
@@ -87,8 +81,8 @@ class Distillation(WithTeacher):
         auxiliary_weight: float = AUXILIARY_WEIGHT,
     ) -> None:
         check_weight("the auxiliary heads", auxiliary_weight)
-        self.terms = named_terms(terms)
         super().__init__(teacher)
+        self.terms = {name: with_taps(term, self.teacher, student) for name, term in named_terms(terms).items()}
         self.student, self.auxiliary_weight = student, auxiliary_weight
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
         compared = any(isinstance(term, Outputs) and term.needs_teacher for term in self.terms.values())
@@ -100,10 +94,12 @@ class Distillation(WithTeacher):
         for name, term in self.terms.items():
             if isinstance(term, Features):
                 self.pairs[name] = pairs_of(term, self.teacher, student, example_inputs)
-                self.adapters[name] = bridges_of(term, self.pairs[name], student)
+                self.adapters[name] = bridges_of(self.pairs[name], student)
         pairs = [pair for found in self.pairs.values() for pair in found]
         channels = [term for term in self.terms.values() if isinstance(term, Channels)]
-        self._ours = _taps(student, [pair.student for pair in pairs] + [term.student for term in channels])
+        self._ours = _taps(
+            student, [pair.student for pair in pairs] + [term.student for term in channels if term.student]
+        )
         theirs = [pair.teacher for pair in pairs]
         self._theirs = _taps(self.teacher, theirs)
         self._theirs_with_bits = _taps(self.teacher, theirs + [term.teacher for term in channels if term.teacher])
@@ -135,6 +131,7 @@ class Distillation(WithTeacher):
             if isinstance(term, Outputs):
                 losses[name] = term.loss(widened(logits), wanted, labels)
             elif isinstance(term, Channels):
+                assert term.student is not None
                 goal = term.bits(theirs[term.teacher]) if bits is None and term.teacher else bits
                 losses[name] = term.loss(widened(ours[term.student]).flatten(1), _known(goal), labels)
             else:

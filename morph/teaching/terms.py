@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.label_heads import LabelHead, score_path
 from morph.teaching.adapters import Bridge
 from morph.teaching.losses import MultiChannelBCE, OutputLoss
 from morph.teaching.objective import check_weight
@@ -71,15 +73,17 @@ class Channels:
 
     Attributes:
         student: Tap of the student that gives the logits of the channels, before the sigmoid:
-            ``[N, classes * channels]``, or more axes that are flattened.
-        teacher: Likewise of the teacher; None if bits come with the labels.
+            ``[N, classes * channels]``, or more axes that are flattened. None for that of its label head
+            (`morph.label_heads`).
+        teacher: Likewise of the teacher; None for that of its label head, or, if it has none, for none: bits then come
+            with the labels.
         threshold: Above 0 and below 1.
         loss: As `morph.teaching.losses.MultiChannelBCE`.
         weight: 0 or above.
         name: What the part is called.
     """
 
-    student: str
+    student: str | None = None
     teacher: str | None = None
     threshold: float = 0.5
     loss: nn.Module = field(default_factory=MultiChannelBCE)
@@ -121,6 +125,20 @@ def named_terms(terms: Sequence[Term | nn.Module]) -> dict[str, Term]:
     return found
 
 
+def with_taps(term: Term, teacher: nn.Module, student: nn.Module) -> Term:
+    """A term on channels with the taps of the label heads, where none are named; any other as it is.
+
+    Raises:
+        HeadError: If the student has no label head; says how it gets one.
+    """
+    if not isinstance(term, Channels):
+        return term
+    found = term.student or score_path(student)
+    heads = sum(isinstance(module, LabelHead) for module in teacher.modules())
+    theirs = term.teacher or (score_path(teacher) if heads == 1 else None)
+    return dataclasses.replace(term, student=found, teacher=theirs)
+
+
 def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inputs: Any) -> Pairs:
     """The pairs of a term: the user's, checked, or those that are proposed.
 
@@ -129,17 +147,19 @@ def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inp
         TapError, TraceError: As elsewhere.
     """
     if isinstance(term.pairs, Pairs):
-        return term.pairs
-    if example_inputs is None:
+        pairs = term.pairs
+    elif example_inputs is None:
         raise TeachingError("features are taught, so give example_inputs: one batch, for the shapes of the layers")
-    if term.pairs is None:
-        return propose_pairs(teacher, student, example_inputs, term.number)
-    return check_pairs(teacher, student, term.pairs, example_inputs)
+    elif term.pairs is None:
+        pairs = propose_pairs(teacher, student, example_inputs, term.number)
+    else:
+        pairs = check_pairs(teacher, student, term.pairs, example_inputs)
+    return Pairs(dataclasses.replace(pair, project=term.projects) for pair in pairs)
 
 
-def bridges_of(term: Features, pairs: Pairs, student: nn.Module) -> nn.ModuleList:
+def bridges_of(pairs: Pairs, student: nn.Module) -> nn.ModuleList:
     """New bridges, on the student's device and in its precision."""
-    bridges = nn.ModuleList(pair.bridge(project=term.projects) for pair in pairs)
+    bridges = nn.ModuleList(pair.bridge() for pair in pairs)
     first = next(student.parameters(), None)
     return bridges if first is None else bridges.to(first.device, first.dtype)
 
