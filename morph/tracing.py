@@ -73,8 +73,6 @@ def place_of(error: BaseException) -> str:
 class _Tracer(fx.Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
-    record_stack_traces = True
-
     def __init__(self) -> None:
         super().__init__()
         self.outputs: dict[str, list[str]] = {}
