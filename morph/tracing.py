@@ -73,8 +73,9 @@ def place_of(error: BaseException) -> str:
 class _Tracer(fx.Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: bool) -> None:
         super().__init__()
+        self.record_stack_traces = lines
         self.outputs: dict[str, list[str]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -147,7 +148,7 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
     try_inputs(root, inputs)
-    module, found = _traced(root)
+    module, found = _traced(root, lines=True)
     runner = _Shapes(module)
     with torch.no_grad():
         runner.run(*inputs)
@@ -156,16 +157,18 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
 
 
 def trace_graph(root: nn.Module) -> fx.GraphModule:
-    """The symbolic graph of ``root``, whose modules it shares.
+    """The symbolic graph of ``root``, whose modules it shares; its nodes do not know the lines that they come from.
+
+    Looking those up takes a fifth of the time and of the memory of a cut through the graph.
 
     Raises:
         TraceError: If it cannot be traced; names the line of the user's code.
     """
-    return _traced(root)[0]
+    return _traced(root, lines=False)[0]
 
 
-def _traced(root: nn.Module) -> tuple[fx.GraphModule, dict[str, list[str]]]:
-    tracer = _Tracer()
+def _traced(root: nn.Module, *, lines: bool) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+    tracer = _Tracer(lines)
     try:
         graph = tracer.trace(root)
     except Exception as error:
