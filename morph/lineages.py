@@ -10,7 +10,8 @@ from torch import nn
 
 from morph.errors import PlanMismatchError
 from morph.passes.insertion import chain_with_copies
-from morph.plan import Deepen, Edit, Plan, Regroup, Reinitialise, Resize, Substitute, SwapHead
+from morph.plan import Deepen, DropBranch, Edit, Plan, Regroup, Reinitialise, Resize, Substitute, SwapHead
+from morph.rerouting import SHIFT
 from morph.tensor_edits import Fitting, Shape, TensorEdit, tensor_of
 
 _ANY = "*"  # stands for the names inside what takes the place of a layer
@@ -100,6 +101,10 @@ class _Lineage:
             self._origins.pop(f"{edit.module}.bias", None)
             if weight is not None:
                 self._origins[f"{edit.module}.{_ANY}"] = Origin(weight.source, (), fresh=True)
+
+        elif isinstance(edit, DropBranch) and edit.shift:
+            number = sum(name.startswith(SHIFT) for name in self._origins)
+            self._origins[f"{SHIFT}{number}"] = Origin(f"{edit.module}.weight", edit.shape, fresh=True)
 
     def _edit(self, edit: TensorEdit) -> None:
         name = tensor_of(edit)

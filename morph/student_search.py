@@ -172,9 +172,12 @@ def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Co
     """What the record says beside what the removal says."""
     every = -(-len(found.history) // _ROWS)
     closed = space.flat.split(found.closed) if found.closed is not None else {}
+    facts = space_facts(space)
+    sites = [{**site, "closed": int(closed[site["name"]].sum())} for site in facts["sites"]]
     weights = "those of the search; replayed on the teacher, the plan gives the structure alone"
     return {
-        **space_facts(space),
+        **facts,
+        "sites": sites,
         "macs_paper_after": with_norms(after),
         "steps": found.step,
         "reopened": found.reopened,
