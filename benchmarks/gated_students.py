@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from gated_students_picture import draw
+from job_list import results_in, work_at
 from machine import save
 from small_cifar import augmented_rounds, load, logits_of, subset, top1
 from torch import nn
@@ -190,37 +191,12 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
     )
     error = 1 - top1(model, bench.test)
     seconds = {"search_s": round(found - start, 1), "training_s": round(time.process_time() - found, 1)}
-    return {**job, "error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
-
-
-def work_at(bench: Bench, folder: Path) -> None:
-    """Do the jobs that nobody has taken."""
-    for job in jobs():
-        name = json.dumps(job, sort_keys=True)
-        place = folder / f"{abs(hash_of(name)):016x}"
-        try:
-            os.close(os.open(place.with_suffix(".taken"), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        try:
-            result = run(bench, job)
-        except BaseException:
-            place.with_suffix(".taken").unlink()
-            raise
-        place.with_suffix(".json").write_text(json.dumps(result))
-        print({k: result[k] for k in ("way", "seed", "weights", "options", "error", "macs", "search_s")}, flush=True)
-
-
-def hash_of(name: str) -> int:
-    """A number that is the same in every process."""
-    import zlib
-
-    return zlib.crc32(name.encode())
+    return {"error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
 
 
 def summary(bench: Bench, folder: Path) -> None:
     """Write means and deviations, and draw them."""
-    lines = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    lines = results_in(folder)
     groups = defaultdict(list)
     for line in lines:
         if not line["options"]:
@@ -256,12 +232,11 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(args.data, args.work)
     folder = args.work / "jobs"
-    folder.mkdir(exist_ok=True)
     if args.summary:
         summary(bench, folder)
     else:
         print(f"teacher: error {1 - top1(bench.teacher, bench.test):.4f}, {bench.macs:,} multiply-adds", flush=True)
-        work_at(bench, folder)
+        work_at(jobs(), lambda job: run(bench, job), folder, ("error", "macs", "search_s"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -51,6 +52,33 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, l
             cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         line("  ".join(cells).rstrip())
+
+
+class Board(Protocol):
+    """A table that is drawn again and again in the same place."""
+
+    def __call__(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], footer: str) -> None:
+        """Draw it with these rows."""
+
+
+@contextmanager
+def board(*, quiet: bool = False) -> Iterator[Board]:
+    """Show a table on stderr while the block runs, if stderr is a terminal; otherwise nothing."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda title, header, rows, footer: None
+        return
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+
+        def draw(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], footer: str) -> None:
+            drawn = Table(title=Text(title), caption=Text(footer), title_justify="left", caption_justify="left")
+            for name in header:
+                drawn.add_column(Text(name), no_wrap=True)
+            for row in rows:
+                drawn.add_row(*(Text(cell) for cell in row))
+            live.update(drawn, refresh=True)
+
+        yield draw
 
 
 class Advance(Protocol):

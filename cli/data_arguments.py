@@ -94,7 +94,12 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def data_from(
-    args: argparse.Namespace, *, input_shape: tuple[int, ...] | None, num_classes: int | None, fewer: bool = True
+    args: argparse.Namespace,
+    *,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    fewer: bool = True,
+    note: bool = True,
 ) -> LabelledImages:
     """Read the images of `add_data`; a command that has ``--seed`` lets it decide which.
 
@@ -102,13 +107,13 @@ def data_from(
         args: The arguments of `add_data`.
         input_shape: Of one image, ``[C, H, W]``; None if any will do.
         num_classes: Of the model; None if not known.
-        fewer: Whether the data may have fewer classes than the model, which is noted, or not.
+        fewer: Whether the data may have fewer classes than the model.
+        note: Whether to say so where it has.
 
     Raises:
         DataError: As `morph.data.open_data`, if only one of ``--mean`` and ``--std`` was given, or the data has fewer
             classes where it may not.
     """
-    from morph.cli import console
     from morph.data import open_data
     from morph.errors import DataError
 
@@ -124,17 +129,25 @@ def data_from(
         mean_std=None if args.mean is None else (args.mean, args.std),
         seed=getattr(args, "seed", 0),
     )
+    if not fewer and num_classes is not None and data.classes is not None and len(data.classes) < num_classes:
+        raise DataError(
+            f"{data.source}: has {len(data.classes)} classes, the model has {num_classes}; give data of the model's "
+            "classes"
+        )
+    if note:
+        note_classes(data, num_classes)
+    return data
+
+
+def note_classes(data: LabelledImages, num_classes: int | None) -> None:
+    """Say so where the data has fewer classes than the model."""
+    from morph.cli import console
+
     if num_classes is not None and data.classes is not None and len(data.classes) < num_classes:
-        if not fewer:
-            raise DataError(
-                f"{data.source}: has {len(data.classes)} classes, the model has {num_classes}; give data of the "
-                "model's classes"
-            )
         console.note(
             f"note: {data.source} has {len(data.classes)} classes, the model {num_classes}; class folders are numbered "
             "from 0 in the order of their names"
         )
-    return data
 
 
 def data_for_scores(

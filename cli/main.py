@@ -12,6 +12,10 @@ COMMANDS = {
     "prune": "cut the least useful channels and heads out of a model",
     "expand": "grow a student into its teacher without changing what it computes",
     "prune-for-student": "search a teacher for the student that learns best from it, with channel gates",
+    "search": "search for the family of random-graph students that learns best from a teacher",
+    "train": "train a model on labelled images, without a teacher",
+    "distill": "teach a student by a teacher, directly or through assistants",
+    "evaluate": "measure top-1, top-5 and loss of models on labelled images",
     "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv  # for commands that start themselves in further processes
     if args.print_completion:
         import shtab
 
@@ -75,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(_module(args.command).run(args))
     except MorphError as error:
-        console.error(str(error))
+        if getattr(args, "speaks", True):  # of several processes one does
+            console.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         console.error("interrupted; nothing was written")

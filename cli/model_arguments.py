@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 MODEL_HELP = "file or name of the model: a model file, zoo:NAME, torchvision:NAME, timm:NAME or package.module:callable"
 
 
-def add_model(parser: argparse.ArgumentParser, name: str = "model", help: str = MODEL_HELP) -> None:
-    """Add the positional argument of a model, how it may be opened, and ``--input``."""
-    parser.add_argument(name, metavar=name.upper(), help=help)
+def add_model(
+    parser: argparse.ArgumentParser, name: str = "model", help: str = MODEL_HELP, nargs: str | None = None
+) -> None:
+    """Add the positional argument of a model (with ``nargs``, of several), how it may be opened, and ``--input``."""
+    parser.add_argument(name, metavar=name.upper(), help=help, nargs=nargs)
+    add_opening(parser)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add how models may be opened, and ``--input``."""
     parser.add_argument(
         "--arch",
         metavar="NAME",

@@ -35,6 +35,15 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 <= value < 1, "a share of the units from 0 to below 1, e.g. 0.5")
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Read ``0.3,0.6,0.8``: ascending shares between 0 and 1; errors as for `size`."""
+    what = "shares of the run between 0 and 1, ascending, e.g. 0.3,0.6,0.8"
+    values = tuple(_number(part, lambda value: 0 < value < 1, what) for part in text.split(","))
+    if list(values) != sorted(values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return values
+
+
 def noise(text: str) -> float:
     """Read a number from 0; errors as for `size`."""
     what = "a share of the size of weights, 0 or above, e.g. 0.01"

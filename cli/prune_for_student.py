@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +12,10 @@ from morph.cli.model_arguments import add_model, expected_from, open_from, rando
 from morph.cli.numbers import size
 from morph.cli.output_arguments import add_output
 from morph.cli.outputs import finish, paths_from, target_facts, with_facts
+from morph.cli.running import add_device, asked_to_stop, fabric_from, interrupted
 from morph.cli.summaries import show_checks, show_sizes
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
     from morph.files import OpenedModel
     from morph.search_options import SearchOptions
     from morph.search_progress import Progress
@@ -75,15 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-every", type=positive, metavar="N", help="steps between two writings (default: a round)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default %(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=["32-true", "bf16-mixed", "16-mixed"],
-        default="32-true",
-        help="default %(default)s",
-    )
     add_output(parser, "the student; beside it go the record (.json) and the picture (.svg) (default: NAME-student.pt)")
     parser.add_argument("--dry-run", action="store_true", help="count gates and sizes, train and write nothing")
+    add_device(parser)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
         images = Augmented(images)
     taken_up = [kept] if kept.exists() else []
-    with console.progress("search", quiet=args.json) as advance, _asked_to_stop() as stop:
+    with console.progress("search", quiet=args.json) as advance, asked_to_stop() as stop:
 
         def tell(now: Progress) -> None:
             while taken_up:
@@ -162,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
                 images,
                 target_macs=args.target_macs,
                 target_params=args.target_params,
-                fabric=_fabric(args),
+                fabric=fabric_from(args),
                 checkpoint=kept,
                 checkpoint_every=args.checkpoint_every,
                 on_progress=tell,
@@ -170,8 +161,7 @@ def run(args: argparse.Namespace) -> int:
                 **vars(options),
             )
         except KeyboardInterrupt:
-            console.error(f"interrupted; the same command goes on from {kept}" if kept.exists() else "interrupted")
-            return 130
+            return int(interrupted(args, kept))
     code = finish(args, with_facts(result, _target(result.record.to_json(), options)), paths, _show, _draw(opened))
     kept.unlink(missing_ok=True)
     return int(code)
@@ -184,40 +174,6 @@ def _options(args: argparse.Namespace) -> SearchOptions:
     from morph.search_options import SearchOptions
 
     return SearchOptions(**{field.name: getattr(args, field.name) for field in fields(SearchOptions)})
-
-
-def _fabric(args: argparse.Namespace) -> Fabric:
-    """Where it runs.
-
-    Raises:
-        DeviceError: If there is no such device.
-    """
-    from lightning_fabric import Fabric
-
-    from morph.errors import DeviceError
-
-    try:
-        return Fabric(accelerator=args.device, devices=1, precision=args.precision)
-    except Exception as error:  # whatever Fabric raises
-        raise DeviceError(f"--device {args.device} --precision {args.precision}: {error}") from error
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C be a request that the running step is finished before, and the second an interruption."""
-    asked = False
-
-    def handle(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _target(record: dict[str, Any], options: SearchOptions) -> dict[str, Any]:

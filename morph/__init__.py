@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from morph.deepening import deepen as deepen
     from morph.drawing import draw as draw
     from morph.expansion import expand as expand
+    from morph.family.generator import draw_network as draw_network
+    from morph.family.search import search_family as search_family
+    from morph.family.settings import FamilySettings as FamilySettings
     from morph.files import open_model as open_model
     from morph.files import save_model as save_model
     from morph.gating import Gated as Gated
     from morph.gating import gate as gate
     from morph.head_swapping import swap_head as swap_head
+    from morph.label_surgery import put_label_head as put_label_head
+    from morph.label_surgery import put_voting_head as put_voting_head
     from morph.passes.gates import Gate as Gate
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
@@ -38,6 +43,11 @@ if TYPE_CHECKING:
     from morph.substitution import substitute as substitute
     from morph.surgery import Result as Result
     from morph.surgery import replay as replay
+    from morph.teaching.capture import Tapped as Tapped
+    from morph.teaching.distillation import Distillation as Distillation
+    from morph.teaching.pairing import propose_pairs as propose_pairs
+    from morph.teaching.taps import Taps as Taps
+    from morph.teaching.taps import tap as tap
     from morph.tracing import trace as trace
     from morph.training.evaluation import Scores as Scores
     from morph.training.evaluation import evaluate as evaluate
@@ -52,8 +62,16 @@ _HOMES = {
     "prune": "morph.pruning",
     "widen": "morph.widening",
     "deepen": "morph.deepening",
+    "draw_network": "morph.family.generator",
+    "FamilySettings": "morph.family.settings",
+    "search_family": "morph.family.search",
     "search_student": "morph.student_search",
     "substitute": "morph.substitution",
+    "Distillation": "morph.teaching.distillation",
+    "propose_pairs": "morph.teaching.pairing",
+    "tap": "morph.teaching.taps",
+    "Tapped": "morph.teaching.capture",
+    "Taps": "morph.teaching.taps",
     "Coupling": "morph.couplings",
     "rule": "morph.analysis.user_rules",
     "check_rule": "morph.rule_checks",
@@ -73,6 +91,8 @@ _HOMES = {
     "Record": "morph.plan",
     "Result": "morph.surgery",
     "load_plan": "morph.plan",
+    "put_label_head": "morph.label_surgery",
+    "put_voting_head": "morph.label_surgery",
     "replay": "morph.surgery",
     "swap_head": "morph.head_swapping",
     "trace": "morph.tracing",

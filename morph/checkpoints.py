@@ -23,20 +23,17 @@ from torch import Tensor
 from morph.atomic import atomic_path, write_text
 from morph.errors import CheckFailedError, EditError, OutputError, PlanMismatchError
 from morph.plan import (
+    DRAWING,
     Deepen,
     DropBranch,
     FreeAttention,
-    Perturb,
     Plan,
     Regroup,
-    Reinitialise,
     Reroute,
     Resize,
     SetAttribute,
     SetConstant,
     SplitAt,
-    Substitute,
-    SwapHead,
     UseGraph,
     load_plan,
 )
@@ -121,8 +118,7 @@ def edit_checkpoint(plan: Plan | Path, source: Path, out: Path, *, force: bool =
 
 def _assign(plan: Plan, sources: Sequence[Source]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor, by its name in the files; refuses what does not fit."""
-    making = Deepen | Substitute | SwapHead | Reinitialise | Perturb | DropBranch
-    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, making)}
+    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | DropBranch | DRAWING)}
     if needing:
         raise EditError(
             f"edits of the kind {', '.join(sorted(needing))} make new weights and need the model: open the file as one "

@@ -17,6 +17,7 @@ from morph.noise import add_noise
 from morph.passes.cheap_blocks import install_block
 from morph.passes.class_heads import resize_head
 from morph.passes.insertion import insert_copies
+from morph.passes.label_placing import place_label_head, place_voting_head
 from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
@@ -25,6 +26,8 @@ from morph.plan import (
     FreeAttention,
     Perturb,
     Plan,
+    PutLabelHead,
+    PutVotingHead,
     Regroup,
     Reinitialise,
     Reroute,
@@ -112,6 +115,20 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
             install_block(grown, edit.module, edit.choice, edit.shape, edit.seed)
         elif isinstance(edit, SwapHead):
             resize_head(grown, edit.module, edit.shape, edit.to, edit.index, edit.seed)
+        elif isinstance(edit, PutVotingHead):
+            place_voting_head(grown, edit.module, edit.shape, edit.channels, edit.seed)
+        elif isinstance(edit, PutLabelHead):
+            place_label_head(
+                grown,
+                edit.module,
+                edit.head,
+                edit.shape,
+                removed=edit.removed,
+                rewired=(edit.source, edit.node),
+                sizes=edit.sizes,
+                geometry=(edit.channels, edit.kernel, edit.stride),
+                seed=edit.seed,
+            )
         elif isinstance(edit, Reinitialise):
             reinitialise(grown, edit.seed)
 

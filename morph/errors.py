@@ -61,6 +61,10 @@ class HeadError(MorphError):
     """A model has no classifier that can be swapped, or no place for the head that was asked for; says why."""
 
 
+class CacheError(MorphError):
+    """A cache of labels or logits is damaged, or is of another teacher or of other data; it stays as it is."""
+
+
 class GateError(MorphError):
     """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
 
@@ -73,6 +77,10 @@ class SearchError(MorphError):
 
 class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
+
+
+class StorageError(MorphError):
+    """The place where a study is kept cannot be reached or read, or a package for it is missing."""
 
 
 class TrainingError(MorphError):
@@ -89,6 +97,10 @@ class TeachingError(MorphError):
 
 class FamilyError(MorphError):
     """The settings of a family of networks are outside their ranges, or give no network."""
+
+
+class TapError(TeachingError):
+    """There is no such module or node to tap, or what flows there cannot be handed out as it was."""
 
 
 class DeviceError(MorphError):

@@ -121,7 +121,7 @@ def load(
         raise DataError(f"{source.name}: holds no images")
     _check_labels(source, num_classes)
     chosen = choose(len(source.labels), limit, seed)
-    images = [source.read(i) for i in chosen]
+    images = _read_all(source, chosen)
     expected = images[0].shape if input_shape is None else torch.Size(input_shape)
     for i, image in zip(chosen, images, strict=True):
         if image.shape != expected:
@@ -140,6 +140,25 @@ def load(
         raise DataError(f"{source.name}: {where} holds a value that is not finite (NaN or infinity)")
     mean, std = statistics or (None, None)
     return LabelledImages(pixels, source.labels[chosen], source.classes, source.name, mean, std)
+
+
+def _read_all(source: Source, chosen: Sequence[int]) -> list[Tensor]:
+    """Read images; where some cannot be read, all of those are counted and the first ones named."""
+    images: list[Tensor] = []
+    broken: list[DataError] = []
+    for i in chosen:
+        try:
+            images.append(source.read(i))
+        except DataError as error:
+            broken.append(error)
+    if len(broken) > 1:
+        named = "; ".join(map(str, broken[:3])) + ("; ..." if len(broken) > 3 else "")
+        raise DataError(
+            f"{source.name}: {len(broken):,} of {len(chosen):,} images cannot be read; mend or remove them: {named}"
+        ) from broken[0]
+    if broken:
+        raise broken[0]
+    return images
 
 
 def choose(n: int, limit: int | None, seed: int) -> list[int]:

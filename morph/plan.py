@@ -19,6 +19,8 @@ from morph.graph_edits import UseGraph as UseGraph
 from morph.module_edits import FreeAttention as FreeAttention
 from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
+from morph.random_edits import PutLabelHead as PutLabelHead
+from morph.random_edits import PutVotingHead as PutVotingHead
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
 from morph.random_edits import SwapHead as SwapHead
@@ -94,6 +96,8 @@ Edit = (
     | Deepen
     | Substitute
     | SwapHead
+    | PutLabelHead
+    | PutVotingHead
     | SetAttribute
     | FreeAttention
     | UseGraph
@@ -110,6 +114,8 @@ _KINDS: dict[str, type[Edit]] = {
     "deepen": Deepen,
     "substitute": Substitute,
     "swaphead": SwapHead,
+    "putlabelhead": PutLabelHead,
+    "putvotinghead": PutVotingHead,
     "setattribute": SetAttribute,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
@@ -119,6 +125,10 @@ _KINDS: dict[str, type[Edit]] = {
     "reroute": Reroute,
     "dropbranch": DropBranch,
 }
+
+
+DRAWING = Reinitialise | Substitute | SwapHead | PutLabelHead | PutVotingHead | Perturb
+"""Edits that draw random numbers and so do not keep the function."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | SwapHead | Perturb)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, DRAWING)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -205,6 +215,11 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "container": lambda value: isinstance(value, str),
     "blocks": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "copies": _whole,
+    "head": lambda value: isinstance(value, str),
+    "removed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "channels": _whole,
+    "kernel": _whole,
+    "stride": _whole,
     "zeroed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "length": _whole,
     "params": _whole,
@@ -303,6 +318,10 @@ def load_plan(path: Path) -> Plan:
         raise PlanMismatchError(f"{path}: not a record: it has no plan")
     if value.get("schema") != SCHEMA:
         raise PlanMismatchError(f"{path}: a record of schema {value.get('schema')!r}, this version reads {SCHEMA}")
+    if value.get("trained") and not value["plan"]:
+        raise PlanMismatchError(
+            f"{path}: has nothing to replay: the weights were trained, the structure stayed as it was; open the model"
+        )
     if value.get("weight_preserving") is False and not value["plan"]:
         raise PlanMismatchError(
             f"{path}: has nothing to replay: its network was built afresh as {value.get('architecture')}, seed "

@@ -17,7 +17,19 @@ from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensor
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError
-from morph.plan import Check, DropBranch, Perturb, Plan, Record, Reinitialise, Resize, Substitute, SwapHead
+from morph.plan import (
+    Check,
+    DropBranch,
+    Perturb,
+    Plan,
+    PutLabelHead,
+    PutVotingHead,
+    Record,
+    Reinitialise,
+    Resize,
+    Substitute,
+    SwapHead,
+)
 from morph.removal import LIMIT as CUT_LIMIT
 from morph.removal import compare, compare_cut, run_silenced
 from morph.tracing import try_inputs
@@ -186,8 +198,8 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
         return text + "; then all weights were drawn afresh, so the new model computes something else"
     if any(isinstance(edit, Perturb) for edit in plan.edits):
         return f"{text}; then {NOISE}"
-    if any(isinstance(edit, SwapHead) for edit in plan.edits):
-        return text + "; then the classifier was given other classes, so the new model computes something else"
+    if any(isinstance(edit, SwapHead | PutLabelHead | PutVotingHead) for edit in plan.edits):
+        return text + "; then the classifier was changed, so the new model computes something else"
     if any(isinstance(edit, Substitute) for edit in plan.edits):
         return text + "; then blocks were put in with fresh weights, so the new model computes something else"
     return text

@@ -148,7 +148,7 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
     try_inputs(root, inputs)
-    module, found = _traced(root, lines=True)
+    module, found = trace_calls(root, lines=True)
     runner = _Shapes(module)
     with torch.no_grad():
         runner.run(*inputs)
@@ -164,10 +164,19 @@ def trace_graph(root: nn.Module) -> fx.GraphModule:
     Raises:
         TraceError: If it cannot be traced; names the line of the user's code.
     """
-    return _traced(root, lines=False)[0]
+    return trace_calls(root)[0]
 
 
-def _traced(root: nn.Module, *, lines: bool) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+    """The symbolic graph of ``root`` and, by module path, the nodes that hold its (first) output, one for each call.
+
+    Args:
+        root: The graph shares its modules.
+        lines: Whether nodes know the lines of the user's code that they come from.
+
+    Raises:
+        TraceError: If it cannot be traced; names the line of the user's code.
+    """
     tracer = _Tracer(lines)
     try:
         graph = tracer.trace(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -95,8 +96,9 @@ def draw_network(settings: FamilySettings, task: Task, seed: int = 0) -> Drawn:
     return Drawn(model, blueprint, width, params)
 
 
+@functools.lru_cache(maxsize=256)
 def fit_width(blueprint: Blueprint, task: Task) -> tuple[int, int]:
-    """The largest width within the limit of ``task``, and the number of parameters that it gives.
+    """The largest width within the limit of ``task``, and the number of parameters that it gives; remembered.
 
     Raises:
         TargetError: As `draw_network`.

@@ -30,6 +30,8 @@ NETWORKS = ("morph.files.network.GraphNetwork", "morph.files.network.SingleInput
 OWN = (
     *NETWORKS,
     "morph.attention.FreeMultiheadAttention",
+    "morph.label_heads.MultiChannelHead",
+    "morph.label_heads.VotingHead",
     "morph.window_attention.FreeShiftedWindowAttention",
     "morph.window_attention.FreeShiftedWindowAttentionV2",
 )

@@ -32,9 +32,11 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every: int | None = None,
     log: Path | None = None,
+    log_prefix: str = "",
     identity: Mapping[str, Any] | None = None,
     on_progress: Callable[[FitProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    pause_after: int | None = None,
     **options: Any,
 ) -> Fitted:
     """Train what an objective holds, in place.
@@ -53,11 +55,14 @@ def fit(
             batch norms, which see a share. By default one device, the fastest that there is, in float32.
         checkpoint: A file that holds the state on the way; if it is there, the run goes on from it, and ends with the
             weights that it would have ended with, to the bit on a CPU with the same number of threads.
-        checkpoint_every: Steps between two writings of it; by default once in each round through the data.
+        checkpoint_every: Steps between two writings of it, beside those at the end of each round through the data.
         log: A ``.csv`` file for the history.
+        log_prefix: In front of the names of what the loggers of ``fabric`` get, where several runs share them.
         identity: What else a checkpoint must share with this run, such as the numbers of a loss; plain values.
         on_progress: Told every some steps and at the end of each round.
         should_stop: Asked after every step; if it says so, the state is written and KeyboardInterrupt raised.
+        pause_after: Rounds after which it ends for now, with the state written; the same call with a larger number, or
+            none, goes on as if there had been no pause. The learning rates are those of the whole run.
         **options: The fields of `morph.training.options.FitOptions`: ``epochs``, ``lr``, ``schedule``, ``optimizer``,
             ``batch_size``, ``seed`` and more.
 
@@ -94,12 +99,13 @@ def fit(
         keep = None
         if checkpoint is not None:
             facts = _identity(objective, data, validation, numbers, runner) | dict(identity or {})
+            facts = runner.broadcast(facts)  # the first process's weights count
             keep = Keep(checkpoint, checkpoint_every, facts)
         with _borrowed(objective, numbers.channels_last):
-            run = Run(objective, data, validation, numbers, runner, keep, _logging(log))
+            run = Run(objective, data, validation, numbers, runner, keep, _logging(log), log_prefix)
             if keep is not None and keep.path.exists():
                 run.resume()
-            return run.run(on_progress, should_stop)
+            return run.run(on_progress, should_stop, pause_after)
     finally:
         set_random_states(states)
 

@@ -21,10 +21,11 @@ from morph.batches import round_length
 from morph.errors import DataError, MorphError, TrainingError, TrainingStateError
 from morph.search_checkpoint import Kind, load, random_states, save, set_random_states
 from morph.search_progress import Keep
+from morph.teaching.objective import labels_of
 from morph.training.evaluation import Scores, score
 from morph.training.options import FitOptions
 from morph.training.progress import FitProgress, Fitted
-from morph.training.rounds import Batch, fine_type, labels_of, moved, parts, seeded_round, share
+from morph.training.rounds import Batch, fine_type, moved, parts, seeded_round, share
 
 STATE = Kind("training run", 1, TrainingStateError)
 
@@ -42,7 +43,8 @@ class Run:
         options: All numbers.
         fabric: Runs it.
         keep: Where its state is kept, and how often; None for nowhere.
-        on_round: Given the history after each round, before the state is saved.
+        on_round: Given the history after each round, after the state was saved, and when a run is taken up.
+        log_prefix: In front of the names of what the loggers of ``fabric`` get.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Run:
         fabric: Fabric,
         keep: Keep | None = None,
         on_round: Callable[[Fitted], None] | None = None,
+        log_prefix: str = "",
     ) -> None:
         self.data, self.validation, self.options = data, validation, options
         self.fabric, self.keep, self.on_round = fabric, keep, on_round
+        self.log_prefix = log_prefix
         self.length = round_length(data, options.batch_size)
         self.steps = options.epochs * self.length
         if options.channels_last:
@@ -72,9 +76,12 @@ class Run:
         self.finite = torch.ones((), dtype=torch.bool, device=fabric.device)
 
     def run(
-        self, on_progress: Callable[[FitProgress], None] | None = None, should_stop: Callable[[], bool] | None = None
+        self,
+        on_progress: Callable[[FitProgress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        pause_after: int | None = None,
     ) -> Fitted:
-        """Go on until the last round is over.
+        """Go on until the last round is over, or that of ``pause_after``.
 
         Raises:
             TrainingError: If the loss or a weight is not finite; the state that was saved last stays.
@@ -82,20 +89,22 @@ class Run:
             KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
         """
         self.started = time.perf_counter()
-        while self.done.step < self.steps:
+        end = self.steps if pause_after is None else min(self.steps, pause_after * self.length)
+        while self.done.step < end:
             for batch in self._batches():
                 loss = self._step(batch)
                 self.done.step += 1
                 ends = self.done.step % self.length == 0
                 stop = should_stop is not None and self._agreed(should_stop())
-                saves = self.keep is not None and self.done.step % (self.keep.every or self.length) == 0
-                if ends or stop or saves or self.done.step % _LOOK_EVERY == 0:
+                saves = ends or (self.keep is not None and self.done.step % (self.keep.every or self.length) == 0)
+                if saves or stop or self.done.step % _LOOK_EVERY == 0:
                     self._require_finite(loss)
                     row = self._end_round() if ends else None
+                    if stop or saves:
+                        self.save()
+                    self._log(row)
                     if on_progress is not None:
                         on_progress(self._progress(loss, row))
-                if stop or saves:
-                    self.save()
                 if stop and self.done.step < self.steps:
                     raise KeyboardInterrupt
         return self.done
@@ -151,9 +160,11 @@ class Run:
         """Add a batch to the sums of the round, which stay on the device."""
         if not weight:
             return
-        labels, logits = labels_of(batch[1]), step.logits.detach()
+        labels = labels_of(batch[1])
         number = len(labels)
-        found = {"loss": loss * number, "hits": (logits.argmax(1) == labels).sum()}
+        found = {"loss": loss * number}
+        if step.logits is not None:  # a stage of hints has none
+            found["hits"] = (step.logits.detach().argmax(1) == labels).sum()
         found |= {f"part_{name}": value.detach() * number for name, value in step.parts.items()}
         for name, value in found.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(self.fine)
@@ -182,7 +193,10 @@ class Run:
         means = {name: float(value / sums["number"]) for name, value in sums.items() if name != "number"}
         row: dict[str, Any] = {"epoch": epoch, "step": self.done.step}
         row |= {"lr": options.learning_rate(self.done.step - 1, self.length)}
-        row |= {"loss": means.pop("loss"), "top1": means.pop("hits")} | means
+        row["loss"] = means.pop("loss")
+        if "hits" in means:
+            row["top1"] = means.pop("hits")
+        row |= means
         if self.validation is not None and (epoch % options.validate_every == 0 or epoch == options.epochs):
             scores = self._validate()
             row |= {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
@@ -193,10 +207,16 @@ class Run:
         self.seconds, self.started = self.seconds + now - self.started, now
         self.done.history.append(row | {"seconds": round(self.seconds, 3)})
         self.sums, self.seconds = {}, 0.0
-        self.fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=self.done.step)
+        return self.done.history[-1]
+
+    def _log(self, row: dict[str, Any] | None) -> None:
+        """Hand the history on after a round."""
+        if row is None:
+            return
+        values = {f"{self.log_prefix}{key}": value for key, value in row.items() if key != "step"}
+        self.fabric.log_dict(values, step=self.done.step)
         if self.on_round is not None and self.fabric.is_global_zero:
             self.on_round(self.done)
-        return self.done.history[-1]
 
     def _validate(self) -> Scores:
         """Scores of the student; of several processes, the first one's running means count."""
@@ -254,3 +274,5 @@ class Run:
         self.sums = {name: value.to(self.fabric.device) for name, value in state["sums"][rank].items()}
         self.seconds = state["seconds"]
         set_random_states(state["random"][rank])
+        if self.done.history and self.on_round is not None and self.fabric.is_global_zero:
+            self.on_round(self.done)

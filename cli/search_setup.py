@@ -1,0 +1,158 @@
+"""What `morph search` reads before it begins: the teacher, the images, and the settings that follow from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from morph.cli.model_arguments import expected_from, open_from
+from morph.cli.running import fabric_from
+from morph.cli.search_arguments import NUMBERS
+from morph.cli.training_data import set_aside, training_data
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch import nn
+
+    from morph.family.budgets import Budgets
+    from morph.family.fitting import FitTrain
+    from morph.family.study import SearchSettings
+    from morph.images import LabelledImages
+    from morph.training.progress import FitProgress
+
+Tell = Callable[["FitProgress"], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A search that can begin.
+
+    Attributes:
+        settings: Of the study.
+        teacher: None where the labels alone teach.
+        teacher_name: As the user gave it.
+        images: For the students at the end.
+        test: What those are judged on.
+        part: The images of the search.
+        validation: What that is judged on.
+        fabric: Where trainings run.
+        augment: Whether images are changed at random.
+        numbers: Of the trainings.
+        student_epochs: Rounds of the students.
+    """
+
+    settings: SearchSettings
+    teacher: nn.Module | None
+    teacher_name: str | None
+    images: LabelledImages
+    test: LabelledImages
+    part: LabelledImages
+    validation: LabelledImages
+    fabric: Fabric
+    augment: bool
+    numbers: dict[str, Any]
+    student_epochs: int
+
+    def trainer(self, tell: Tell, stop: Callable[[], bool]) -> FitTrain:
+        """Trains in the search."""
+        return self._trainer(self.part, self.validation, self.settings.budgets.last, {}, tell, stop)
+
+    def student_trainer(self, tell: Tell, stop: Callable[[], bool]) -> FitTrain:
+        """Trains the students at the end, with a learning rate of half a cosine."""
+        return self._trainer(self.images, self.test, self.student_epochs, {"schedule": "cosine"}, tell, stop)
+
+    def _trainer(
+        self,
+        images: LabelledImages,
+        validation: LabelledImages,
+        epochs: int,
+        numbers: dict[str, Any],
+        tell: Tell,
+        stop: Callable[[], bool],
+    ) -> FitTrain:
+        from morph.augmentation import Augmented
+        from morph.family.fitting import FitTrain
+
+        data = Augmented(images) if self.augment else images
+        options = {**self.numbers, **numbers}
+        return FitTrain(
+            self.teacher, data, validation, epochs, fabric=self.fabric, on_progress=tell, should_stop=stop, **options
+        )
+
+
+def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
+    """Read everything.
+
+    Raises:
+        OutputError: If no folder is named.
+        TeachingError: If there is no teacher, or one too many.
+        DataError, ModelFileError, TraceError, TrainingError, StorageError: As elsewhere.
+    """
+    from morph.errors import OutputError, TeachingError
+    from morph.family.storage import require_optuna
+    from morph.training.options import FitOptions
+
+    require_optuna()
+    if args.out is None:
+        raise OutputError("give the folder of the search with --out DIR")
+    if args.out.exists() and not args.out.is_dir():
+        raise OutputError(f"{args.out}: is a file; give the name of a folder")
+    if args.no_kd and args.teacher:
+        raise TeachingError("--no-kd is given beside --teacher; leave one of them out")
+    if not args.no_kd and not args.teacher:
+        raise TeachingError("give a teacher with --teacher MODEL, or --no-kd to learn from the labels alone")
+    numbers = {name: getattr(args, name) for name in NUMBERS}
+    FitOptions(epochs=budgets.last, seed=0, **numbers)  # refuses now what no training would take
+    fabric = fabric_from(args)
+    opened = open_from(args, "teacher") if args.teacher else None
+    shape, classes = expected_from(args, opened) if opened else (args.input, None)
+    reading = argparse.Namespace(**{**vars(args), "validation": args.test, "hold_out": None})
+    images, test = training_data(reading, input_shape=shape, num_classes=classes)
+    assert test is not None
+    part, validation = set_aside(images, args.hold_out, args.seed + 1)
+    teacher = opened.model if opened else None
+    settings = _settings(args, budgets, teacher, classes or _classes(images), part, validation)
+    return Job(
+        settings, teacher, args.teacher, images, test, part, validation, fabric, args.augment, numbers,
+        args.student_epochs,
+    )  # fmt: skip
+
+
+def _settings(
+    args: argparse.Namespace,
+    budgets: Budgets,
+    teacher: nn.Module | None,
+    classes: int,
+    part: LabelledImages,
+    validation: LabelledImages,
+) -> SearchSettings:
+    """What all trials share."""
+    from morph.family.generator import Task
+    from morph.family.study import SearchSettings
+    from morph.search_checkpoint import fingerprint
+
+    training = {
+        "teacher": None if teacher is None else fingerprint(teacher.state_dict()),
+        "data": part.describe(),
+        "validation": validation.describe(),
+        "augment": args.augment,
+        "precision": args.precision,
+        **{name: getattr(args, name) for name in NUMBERS},
+    }
+    shape = tuple(int(n) for n in part.images.shape[1:])
+    return SearchSettings(
+        Task((shape[0], shape[1], shape[2]), classes, args.max_params),
+        budgets,
+        distil=teacher is not None,
+        seed=args.seed,
+        asynchronous=bool(args.workers or args.join or args.storage),
+        training=json.loads(json.dumps(training)),
+    )
+
+
+def _classes(images: LabelledImages) -> int:
+    """How many classes images have, where no teacher says it."""
+    return len(images.classes) if images.classes else int(images.labels.max()) + 1

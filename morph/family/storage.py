@@ -1,0 +1,134 @@
+"""Where a study is kept: a journal file, a database, or a server that many machines reach. Optuna does the work."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from morph.errors import StorageError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+_SERVER_WAIT = 20  # seconds
+_GRPC_PORT = 13000  # Optuna's own
+
+
+def require_optuna() -> None:
+    """See that Optuna is there.
+
+    Raises:
+        StorageError: If it is not; says how to get it.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise StorageError("a search over families needs optuna, not installed; pip install torch-morph[search]")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let Optuna say nothing of what it does, and of what it calls experimental; its settings are put back."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def open_storage(where: str) -> BaseStorage:
+    """Open the place of a study, made where it is a file or database that is not there.
+
+    Args:
+        where: Path of a journal file; or the URL of a database as SQLAlchemy has it, such as ``postgresql://HOST/NAME``
+            or ``sqlite:///FILE``; or ``grpc://HOST:PORT`` for Optuna's own server.
+
+    Raises:
+        StorageError: If it cannot be reached or read, or a package for it is missing.
+    """
+    require_optuna()
+    try:
+        with quiet():
+            if "://" not in where:
+                return _journal(Path(where))
+            return _server(where) if where.startswith("grpc://") else _database(where)
+    except StorageError:
+        raise
+    except ImportError as error:
+        inner = error.__cause__ or error.__context__  # Optuna's own words do not say which package
+        name = error.name or (inner.name if isinstance(inner, ImportError) else None) or "a package"
+        raise StorageError(f"{_shown(where)}: needs {name}, not installed; pip install it") from error
+    except Exception as error:  # whatever the database raises
+        raise StorageError(f"{_shown(where)}: not reachable: {_first_line(error)}") from error
+
+
+def _shown(where: str) -> str:
+    """The place without a password."""
+    scheme, slashes, rest = where.partition("://")
+    secret, at, host = rest.rpartition("@")
+    return f"{scheme}{slashes}{secret.partition(':')[0]}{at}{host}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _journal(path: Path) -> BaseStorage:
+    """A file that operations are added to."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    if not path.parent.is_dir():
+        raise StorageError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder; give the name of a file")
+    lock = JournalFileSymlinkLock(str(path))
+    if path.exists():
+        _drop_half_a_line(path, lock)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock))
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path}: not the journal of a study: {_first_line(error)}") from error
+
+
+def _drop_half_a_line(path: Path, lock: object) -> None:
+    """Take away what a writer that was killed, or had no space, left of its last operation; nobody has read it."""
+    from optuna.storages.journal import _file as journal
+
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n":
+            return
+    with journal.get_lock_file(lock), path.open("rb+") as file:  # type: ignore[arg-type]
+        content = file.read()
+        if not content.startswith(b"{"):
+            raise StorageError(f"{path}: not the journal of a study")
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _database(url: str) -> BaseStorage:
+    from optuna.storages import RDBStorage
+
+    # A connection that broke while a network was trained is opened anew.
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+
+
+def _server(where: str) -> BaseStorage:
+    from optuna.storages import GrpcStorageProxy
+
+    host, _, port = where.removeprefix("grpc://").partition(":")
+    if port and not port.isdigit():
+        raise StorageError(f"{where}: give grpc://HOST:PORT")
+    proxy = GrpcStorageProxy(host=host, port=int(port or _GRPC_PORT))
+    proxy.wait_server_ready(timeout=_SERVER_WAIT)
+    return proxy

@@ -1,0 +1,201 @@
+"""Asynchronous search: several processes, one of which is killed; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from family_fakes import SETTINGS, FakeTrain, accuracy, draw_nothing
+
+from morph.errors import StorageError
+from morph.family.study import FamilyStudy
+from morph.family.workers import Patience, _take_up, work
+
+pytest.importorskip("optuna")
+
+SHARED = replace(SETTINGS, asynchronous=True)
+QUICK = Patience(0.1, 1.0)
+
+WORKER = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[3])
+    from family_fakes import FakeTrain, draw_nothing
+    from test_family_workers import QUICK, SHARED
+    import morph.family.running as running
+    from morph.family.study import FamilyStudy
+    from morph.family.workers import work
+
+    running.draw_network = draw_nothing
+    fake = FakeTrain()
+
+    def train(model, candidate, epochs, checkpoint):
+        done = checkpoint.exists()
+        time.sleep(0.15)
+        found = fake(model, candidate, epochs, checkpoint)
+        print(checkpoint.name, fake.calls[-1], flush=True)
+        time.sleep(float(sys.argv[4]))
+        return found
+
+    folder = Path(sys.argv[1])
+    work(FamilyStudy(sys.argv[2], SHARED), 10, train, folder, patience=QUICK)
+""")
+
+
+@pytest.fixture(autouse=True)
+def no_networks(monkeypatch):
+    monkeypatch.setattr("morph.family.running.draw_network", draw_nothing)
+
+
+def start(folder, where, pause=0.0):
+    command = [sys.executable, "-c", WORKER, str(folder), where, str(Path(__file__).parent), str(pause)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def complete(rows, number=10):
+    """What must hold of a study that is done."""
+    assert len(rows) == number
+    assert all(row.state in ("complete", "stopped") for row in rows)
+    assert Counter(row.bracket for row in rows) == {0: 4, 1: 3, 2: 3}
+    for row in rows:
+        assert row.accuracies == {b: accuracy(row.candidate, b) for b in row.accuracies}
+    assert any(row.state == "complete" for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["database"])
+def test_two_workers_share_a_study_and_one_is_killed(tmp_path, kind):
+    where = str(tmp_path / "journal") if kind == "file" else f"sqlite:///{tmp_path}/study.db"
+    study = FamilyStudy(where, SHARED)
+    doomed = start(tmp_path, where, pause=60)  # stands still after its first training, before it is written down
+    assert doomed.stdout is not None
+    line = doomed.stdout.readline()
+    assert "(0, 1)" in line
+    (number,) = [trial.number for trial in study.trials()]
+    other = start(tmp_path, where)
+    time.sleep(0.5)
+    doomed.send_signal(signal.SIGKILL)
+    doomed.communicate()
+    out, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors
+    complete(study.rows())
+    lost = study.storage.get_all_trials(study.id)[number]
+    assert lost.state.name == "FAIL"
+    successor = int(lost.user_attrs["surplus"].removeprefix("taken up as "))
+    (row,) = [row for row in study.rows() if row.number == successor]
+    assert {**row.candidate.to_json()} == {
+        **row.candidate.to_json(), "seed": lost.user_attrs["seed"], "temperature": lost.params["temperature"]
+    }  # fmt: skip
+    key = line.split()[0]
+    assert f"{key} (1, 1)" in out  # from the state that the killed one left
+
+
+def test_workers_at_the_same_time_do_each_configuration_once(tmp_path):
+    where = str(tmp_path / "journal")
+    workers = [start(tmp_path, where) for _ in range(2)]
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    rows = FamilyStudy(where, SHARED).rows()
+    complete(rows)
+    assert len({row.candidate.seed for row in rows}) == 10
+    done = Counter(line for out, _ in outputs for line in out.splitlines())
+    assert all(out for out, _ in outputs)
+    assert set(done.values()) == {1}
+    assert len(done) == sum(len(row.accuracies) for row in rows)
+
+
+def test_stopping_rule_keeps_the_best_of_one_in_eta(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    work(study, 20, FakeTrain(), tmp_path, patience=QUICK)
+    seen: list[float] = []
+    for row in study.rows():
+        if row.bracket:
+            continue
+        seen_before = [r.accuracies[1] for r in study.rows() if r.number < row.number and 1 in r.accuracies]
+        values = [*seen_before, row.accuracies[1]]
+        goes_on = sum(v > row.accuracies[1] for v in values) < max(1, len(values) // 2)
+        assert (row.epochs > 1) == goes_on
+        seen.append(row.accuracies[1])
+    assert len(seen) == 8
+
+
+def test_a_worker_told_to_stop_gives_its_trial_back_at_once(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    patient = Patience(0.1, 10_000)
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            work(study, 10, FakeTrain(stop_after=2), tmp_path, patience=patient)
+    work(study, 10, FakeTrain(), tmp_path, patience=patient)
+    complete(study.rows())
+
+
+def test_a_trial_whose_workers_die_again_and_again_is_given_up(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    first = study.add(study.propose([1]), key="a", beat=0.0)
+    for attempt in (2, 3):
+        taken = _take_up(study, Patience(0.1, 1.0))
+        assert taken.user_attrs["attempts"] == attempt
+        study.note(taken, beat=0.0)
+    assert _take_up(study, Patience(0.1, 1.0)) is None
+    (row,) = study.rows()
+    assert row.state == "failed"
+    assert row.reason == "its worker died 3 times"
+    assert row.candidate.seed == first.user_attrs["seed"]
+
+
+def test_many_that_take_up_the_same_trial_get_it_once(tmp_path):
+    where = str(tmp_path / "journal")
+    study = FamilyStudy(where, SHARED)
+    study.add(study.propose([1]), key="a", beat=0.0)
+    got, gate = [], threading.Barrier(4)
+
+    def take():
+        own = FamilyStudy(where, SHARED)
+        gate.wait()
+        got.append(_take_up(own, Patience(0.1, 100.0)))
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(trial is not None for trial in got) == 1
+    assert [row.state for row in study.rows()] == ["running"]
+
+
+def test_a_worker_that_stood_still_leaves_the_trial_to_the_other(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    fake, late = FakeTrain(), []
+
+    def train(model, candidate, epochs, checkpoint):
+        if not late:
+            late.append(study.trials()[0])
+            study.note(late[0], beat=0.0)
+            taken = _take_up(study, Patience(50, 1.0))  # by another one, which finishes it
+            study.report(taken, 1, fake(model, candidate, 1, checkpoint))
+            study.finish(taken)
+        return fake(model, candidate, epochs, checkpoint)
+
+    work(study, 10, train, tmp_path, patience=Patience(50, 100))
+    complete(study.rows())
+    assert late[0].number not in {row.number for row in study.rows()}
+
+
+def test_a_storage_that_is_lost_is_said(tmp_path):
+    study = FamilyStudy(f"sqlite:///{tmp_path}/study.db", SHARED)
+
+    def train(model, candidate, epochs, checkpoint):
+        (tmp_path / "study.db").write_bytes(b"no database any more" * 4096)
+        return FakeTrain()(model, candidate, epochs, checkpoint)
+
+    with pytest.raises(StorageError, match="the storage of the study was lost"):
+        work(study, 3, train, tmp_path, patience=QUICK)
