@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import torch
@@ -187,10 +186,10 @@ def _path_to_map(traced: Trace, head: FoundHead) -> list[fx.Node]:
     Raises:
         HeadError: If there is none, or something with weights lies between.
     """
-    calls = [node for node, _ in traced.calls() if node.target == head.path]
+    calls = traced.outputs.get(head.path, ())
     if len(calls) != 1:
         raise HeadError(f"the classifier {head.path} is called {len(calls)} times; a label head needs one call")
-    path = calls
+    path = [traced.node(calls[0])]
     while True:
         sources = path[-1].all_input_nodes
         if not sources:
@@ -220,16 +219,16 @@ def _ways(traced: Trace, path: list[fx.Node], head: FoundHead, options: dict[str
     """Plans to be tried in order: one that keeps the model's class, where there may be one, and the traced graph."""
     classifier, source = path[0], path[-1]
     sizes_ = traced.shapes[source.name][1:]
-    calls = Counter(str(node.target) for node, _ in traced.calls())
+    calls = {name: len(nodes) for name, nodes in traced.outputs.items()}
     common: dict[str, Any] = {"head": head.path, "shape": head.shape, "sizes": sizes_, **options}
     ways: list[tuple[Edit, ...]] = []
     if len(path) == 2:  # a convolution on the map
         ways.append((PutLabelHead(module=head.path, removed=(), source="", node="", **common),))
-    elif path[-2].op == "call_module" and calls[str(path[-2].target)] == 1 and not any(map(_drops, path)):
+    elif path[-2].op == "call_module" and calls.get(str(path[-2].target)) == 1 and not any(map(_drops, path)):
         between = [node for node in path[1:-2] if node.op == "call_module"]
         dropouts = [n for n in between if isinstance(traced.graph_module.get_submodule(str(n.target)), _DropoutNd)]
         removed = (head.path, *(str(node.target) for node in dropouts))
-        if all(calls[name] == 1 for name in removed):
+        if all(calls.get(name) == 1 for name in removed):
             place = str(path[-2].target)
             ways.append((PutLabelHead(module=place, removed=removed, source="", node="", **common),))
     if len(path) > 2:

@@ -12,6 +12,7 @@ from morph.errors import PlanMismatchError
 from morph.passes.insertion import chain_with_copies
 from morph.plan import (
     Deepen,
+    DropBranch,
     Edit,
     Plan,
     PutLabelHead,
@@ -22,6 +23,7 @@ from morph.plan import (
     Substitute,
     SwapHead,
 )
+from morph.rerouting import SHIFT
 from morph.tensor_edits import Fitting, Shape, TensorEdit, tensor_of
 
 _ANY = "*"  # stands for the names inside what takes the place of a layer
@@ -110,6 +112,9 @@ class _Lineage:
             self._replace(edit.head, edit.module)
         elif isinstance(edit, Substitute | SwapHead | PutVotingHead):
             self._replace(edit.module, edit.module)
+        elif isinstance(edit, DropBranch) and edit.shift:
+            number = sum(name.startswith(SHIFT) for name in self._origins)
+            self._origins[f"{SHIFT}{number}"] = Origin(f"{edit.module}.weight", edit.shape, fresh=True)
 
     def _replace(self, layer: str, place: str) -> None:
         """Fresh parameters at ``place`` stand for those of a layer."""

@@ -11,6 +11,17 @@ from morph.family.generator import Drawn, Task
 from morph.family.study import SearchSettings
 
 TASK = Task((3, 8, 8), 4, 400_000)
+SMALL_RANGES = {
+    "top_nodes": (3, 3),
+    "top_neighbours": (2, 3),
+    "top_rewiring": (0.1, 1.0),
+    "middle_nodes": (1, 2),
+    "middle_probability": (0.2, 1.0),
+    "bottom_nodes": (3, 3),
+    "bottom_neighbours": (2, 3),
+    "bottom_rewiring": (0.1, 1.0),
+}
+"""In the place of the real ranges: families of the smallest networks."""
 SETTINGS = SearchSettings(TASK, Budgets((1, 2, 4)))
 
 

@@ -177,6 +177,22 @@ def test_weights_drawn_afresh_leave_no_shift():
     assert [bool(p.any()) for p in shifts.values()] == [False]
 
 
+def test_the_state_of_an_optimizer_follows_and_the_new_parameter_has_none():
+    model, x = made("resnet")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(x).sum().backward()
+    optimizer.step()
+    ends = ("layer2.0.conv2", "layer2.1.conv2")
+    result = morph.gate(model, x).remove({name: torch.ones(16, dtype=torch.bool) for name in ends})
+    moved = morph.transplant(optimizer, result.record, before=model, after=result.model)
+    named = dict(result.model.named_parameters())
+    assert sorted(name for name, p in named.items() if p not in moved.state) == [f"{SHIFT}0", f"{SHIFT}1"]
+    old, new = model.get_parameter("layer1.0.conv1.weight"), named["layer1.0.conv1.weight"]
+    assert torch.equal(moved.state[new]["momentum_buffer"], optimizer.state[old]["momentum_buffer"])
+    result.model(x).sum().backward()
+    moved.step()
+
+
 def test_a_checkpoint_alone_cannot_get_the_new_parameter(tmp_path):
     model, x = made("resnet")
     plan = morph.gate(model, x).remove({"layer2.1.conv2": torch.ones(16, dtype=torch.bool)}).record.plan

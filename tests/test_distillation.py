@@ -164,6 +164,21 @@ def test_several_sizes_of_images():
         assert torch.isfinite(objective(torch.randn(7, 3, size, size, dtype=torch.float64), y).loss)
 
 
+def test_pairs_say_what_their_bridges_do():
+    x = torch.zeros(1, 3, 32, 32)
+    terms = [Features(Hint()), Features(AttentionTransfer())]
+    objective = Distillation(build("wrn-10-1"), build("wrn-16-2"), terms, example_inputs=x)
+    assert "1x1 convolution 16 -> 32" in str(objective.pairs["hint"])
+    assert "convolution" not in str(objective.pairs["attention_transfer"])
+    assert not list(objective.adapters["attention_transfer"].parameters())
+    again = Distillation(
+        build("wrn-10-1"),
+        build("wrn-16-2"),
+        [Features(AttentionTransfer(), objective.pairs["hint"])],
+    )
+    assert str(again.pairs["attention_transfer"]) == str(objective.pairs["attention_transfer"])
+
+
 def test_auxiliary_heads_learn_from_the_labels():
     student, teacher = build("darts-10"), build("wrn-10-1")
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from family_fakes import SMALL_RANGES
 from torch import nn
 
 from morph.errors import TeachingError
@@ -94,8 +95,8 @@ def test_the_objective_is_that_of_the_paper():
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_a_search_of_real_trainings(tmp_path, with_teacher, monkeypatch):
     small = Task((3, 8, 8), 4, 7_000)
-    monkeypatch.setattr("morph.family.study.RANGES", {**RANGES_SMALL})
-    monkeypatch.setattr("morph.family.settings._ALLOWED", {**RANGES_SMALL})
+    monkeypatch.setattr("morph.family.study.RANGES", SMALL_RANGES)
+    monkeypatch.setattr("morph.family.settings._ALLOWED", SMALL_RANGES)
     settings = SearchSettings(small, Budgets((1, 2)), distil=with_teacher)
     study = FamilyStudy(str(tmp_path / "journal"), settings)
     run_rounds(study, 1, trainer(with_teacher, 2), tmp_path)
@@ -109,21 +110,9 @@ def test_a_search_of_real_trainings(tmp_path, with_teacher, monkeypatch):
         assert row.params <= 7_000
 
 
-RANGES_SMALL = {
-    "top_nodes": (3, 3),
-    "top_neighbours": (2, 3),
-    "top_rewiring": (0.1, 1.0),
-    "middle_nodes": (1, 2),
-    "middle_probability": (0.2, 1.0),
-    "bottom_nodes": (3, 3),
-    "bottom_neighbours": (2, 3),
-    "bottom_rewiring": (0.1, 1.0),
-}
-
-
 def test_a_learning_rate_that_diverges_fails_the_trial_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("morph.family.study.RANGES", {**RANGES_SMALL})
-    monkeypatch.setattr("morph.family.settings._ALLOWED", {**RANGES_SMALL})
+    monkeypatch.setattr("morph.family.study.RANGES", SMALL_RANGES)
+    monkeypatch.setattr("morph.family.settings._ALLOWED", SMALL_RANGES)
     settings = SearchSettings(TASK, Budgets((1,)))
     study = FamilyStudy(str(tmp_path / "journal"), settings)
     run_rounds(study, 2, trainer(epochs=1, lr=1e38), tmp_path)

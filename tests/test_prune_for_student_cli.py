@@ -79,6 +79,22 @@ def test_it_writes_student_record_and_picture(capsys, teacher):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_what_a_steep_penalty_takes_is_told(capsys):
+    """A net of residual blocks from which next to nothing may stay."""
+    torch.manual_seed(0)
+    morph.save_model(randomise(build("wrn-10-1")), Path("wrn.pt"), input_shape=(3, 32, 32))
+    code, out, _ = run(capsys, "wrn.pt", "--target-params", "200", *FAST, "--lambda2", "100", "--out", "few.pt")
+    record = json.loads(Path("few.json").read_text())
+    assert code == 0
+    one = record["thin"][0]
+    assert (
+        f"thin           {len(record['thin'])} layers keep less than a tenth of their gates, e.g. {one['site']}" in out
+    )
+    assert record["branches_gone"]
+    assert f"dropped        {len(record['branches_gone'])} residual branches whole, e.g. that of groups." in out
+    assert morph.open_model("few.pt").model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_json_and_parameters_and_inherit(capsys):
     code, out, err = run(
         capsys, "teacher.pt", "--target-params", "2K", *FAST, "--inherit", "--json", "--mode", "np", "--augment"

@@ -95,10 +95,10 @@ def _correlations(searches: Mapping[str, Sequence[Correlation]], title: str) -> 
         for c in found:
             i, j = budgets.index(c.first), budgets.index(c.second)
             cells[i][j] = cells[j][i] = c.rho
-        axes.imshow(cells, vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.imshow(cells, vmin=-1.8, vmax=1.8, cmap="RdBu_r")
         for c in found:
             i, j = budgets.index(c.first), budgets.index(c.second)
-            shown = "-" if math.isnan(c.rho) else f"{c.rho:.2f}"
+            shown = "unknown" if math.isnan(c.rho) else f"{c.rho:.2f}"
             for x, y in ((i, j), (j, i)):
                 axes.text(x, y, f"{shown}\nn = {c.trials}", ha="center", va="center", fontsize=8)
         axes.set_xticks(range(len(budgets)), [str(b) for b in budgets], fontsize=8)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "morph-search"
 _SETTINGS = "settings"
+_ENOUGH = 20  # trials, to tell what matters
 _STARTUP = 10  # configurations that are drawn uniformly before the model of good ones is used, as Optuna does
 
 
@@ -174,15 +175,15 @@ def candidate_of(trial: FrozenTrial) -> Candidate:
 def importances(rows: Iterable[TrialRow]) -> dict[str, float]:
     """How much each searched number matters, as shares of one, the largest first.
 
-    Measured by PED-ANOVA (Watanabe et al., IJCAI 2023) on the trials with the largest budget that at least ten reached,
-    or the smallest one. Empty where there are too few, or all are equal.
+    Measured by PED-ANOVA (Watanabe et al., IJCAI 2023) at the largest budget that twenty trials reached, or else at the
+    smallest. Empty where there are too few, or all are equal.
     """
     require_optuna()
     import optuna
 
     rows = [row for row in rows if row.accuracies and row.state != "failed"]
     reached = sorted({budget for row in rows for budget in row.accuracies}, reverse=True)
-    enough = [budget for budget in reached if sum(budget in row.accuracies for row in rows) >= _STARTUP]
+    enough = [budget for budget in reached if sum(budget in row.accuracies for row in rows) >= _ENOUGH]
     budget = enough[0] if enough else reached[-1] if reached else 0
     used = [row for row in rows if budget in row.accuracies]
     if len({row.accuracies[budget] for row in used}) < 2:

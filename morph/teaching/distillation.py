@@ -94,7 +94,7 @@ class Distillation(WithTeacher):
         for name, term in self.terms.items():
             if isinstance(term, Features):
                 self.pairs[name] = pairs_of(term, self.teacher, student, example_inputs)
-                self.adapters[name] = bridges_of(term, self.pairs[name], student)
+                self.adapters[name] = bridges_of(self.pairs[name], student)
         pairs = [pair for found in self.pairs.values() for pair in found]
         channels = [term for term in self.terms.values() if isinstance(term, Channels)]
         self._ours = _taps(

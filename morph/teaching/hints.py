@@ -75,13 +75,11 @@ class Hints(WithTeacher):
         self.terms = _features(named_terms(terms))
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
         self.pairs = {n: pairs_of(term, self.teacher, student, example_inputs) for n, term in self.terms.items()}
-        self.adapters = nn.ModuleDict(
-            {name: bridges_of(term, self.pairs[name], student) for name, term in self.terms.items()}
-        )
-        pairs = [pair for found in self.pairs.values() for pair in found]
-        names = list(dict.fromkeys(pair.student for pair in pairs))
+        self.adapters = nn.ModuleDict({name: bridges_of(pairs, student) for name, pairs in self.pairs.items()})
+        all_pairs = [pair for found in self.pairs.values() for pair in found]
+        names = list(dict.fromkeys(pair.student for pair in all_pairs))
         self._ours = tap(student, names)
-        self._theirs = tap(self.teacher, list(dict.fromkeys(pair.teacher for pair in pairs)))
+        self._theirs = tap(self.teacher, list(dict.fromkeys(pair.teacher for pair in all_pairs)))
         self.guided = frozenset(_guided(student, names, example_inputs))
         # DistributedDataParallel waits for the gradients of all parameters but of those that are named here.
         self._ddp_params_and_buffers_to_ignore = [

@@ -147,17 +147,19 @@ def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inp
         TapError, TraceError: As elsewhere.
     """
     if isinstance(term.pairs, Pairs):
-        return term.pairs
-    if example_inputs is None:
+        pairs = term.pairs
+    elif example_inputs is None:
         raise TeachingError("features are taught, so give example_inputs: one batch, for the shapes of the layers")
-    if term.pairs is None:
-        return propose_pairs(teacher, student, example_inputs, term.number)
-    return check_pairs(teacher, student, term.pairs, example_inputs)
+    elif term.pairs is None:
+        pairs = propose_pairs(teacher, student, example_inputs, term.number)
+    else:
+        pairs = check_pairs(teacher, student, term.pairs, example_inputs)
+    return Pairs(dataclasses.replace(pair, project=term.projects) for pair in pairs)
 
 
-def bridges_of(term: Features, pairs: Pairs, student: nn.Module) -> nn.ModuleList:
+def bridges_of(pairs: Pairs, student: nn.Module) -> nn.ModuleList:
     """New bridges, on the student's device and in its precision."""
-    bridges = nn.ModuleList(pair.bridge(project=term.projects) for pair in pairs)
+    bridges = nn.ModuleList(pair.bridge() for pair in pairs)
     first = next(student.parameters(), None)
     return bridges if first is None else bridges.to(first.device, first.dtype)
 
