@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill_support import bad, contents, equal, make_files, network, run, weights
 from lightning_fabric import Fabric
+from training_support import bad, contents, equal, make_files, network, run, weights
 
 import morph
 from morph.data import open_data

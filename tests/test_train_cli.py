@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from training_support import bad, equal, run, weights
 
 import morph
-from morph.cli.main import main
 
 FAST = ("--epochs", "3", "--batch-size", "8", "--lr", "0.05", "--data", "data.npz")
 
@@ -41,32 +41,8 @@ def model(tmp_path, monkeypatch) -> Path:
     return tmp_path / "model.pt"
 
 
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = main([*arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def files() -> set[str]:
     return {p.name for p in Path().iterdir()}
-
-
-def bad(capsys, *arguments: str) -> str:
-    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
-    code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
-    return err
-
-
-def weights(name):
-    return morph.open_model(name).model.state_dict()
-
-
-def equal(one, two):
-    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def folder(root: Path, classes=("ant", "bee"), number=4, size=8) -> Path:
@@ -135,6 +111,12 @@ def test_the_test_part_of_a_folder_is_what_it_is_validated_on(capsys, tmp_path):
     facts = json.loads(out)["environment"]
     assert (facts["data"]["images"], facts["validation"]["images"]) == (12, 6)
     assert facts["validation"]["source"].endswith("test")
+
+
+def test_events_for_tensorboard(capsys):
+    pytest.importorskip("tensorboard")
+    assert run(capsys, "train", "model.pt", *FAST, "--tensorboard", "events")[0] == 0
+    assert [p.name.split(".")[2] for p in Path("events").iterdir()] == ["tfevents"]
 
 
 def test_a_dry_run_writes_nothing(capsys):
