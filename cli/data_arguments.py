@@ -94,14 +94,25 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def data_from(
-    args: argparse.Namespace, *, input_shape: tuple[int, ...] | None, num_classes: int | None, note: bool = True
+    args: argparse.Namespace,
+    *,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    fewer: bool = True,
+    note: bool = True,
 ) -> LabelledImages:
     """Read the images of `add_data`; a command that has ``--seed`` lets it decide which.
 
-    With ``note`` it says so where the data has fewer classes than the model.
+    Args:
+        args: The arguments of `add_data`.
+        input_shape: Of one image, ``[C, H, W]``; None if any will do.
+        num_classes: Of the model; None if not known.
+        fewer: Whether the data may have fewer classes than the model.
+        note: Whether to say so where it has.
 
     Raises:
-        DataError: As `morph.data.open_data`, or if only one of ``--mean`` and ``--std`` was given.
+        DataError: As `morph.data.open_data`, if only one of ``--mean`` and ``--std`` was given, or the data has fewer
+            classes where it may not.
     """
     from morph.data import open_data
     from morph.errors import DataError
@@ -118,6 +129,11 @@ def data_from(
         mean_std=None if args.mean is None else (args.mean, args.std),
         seed=getattr(args, "seed", 0),
     )
+    if not fewer and num_classes is not None and data.classes is not None and len(data.classes) < num_classes:
+        raise DataError(
+            f"{data.source}: has {len(data.classes)} classes, the model has {num_classes}; give data of the model's "
+            "classes"
+        )
     if note:
         note_classes(data, num_classes)
     return data

@@ -14,6 +14,7 @@ COMMANDS = {
     "prune-for-student": "search a teacher for the student that learns best from it, with channel gates",
     "search": "search for the family of random-graph students that learns best from a teacher",
     "train": "train a model on labelled images, without a teacher",
+    "distill": "teach a student by a teacher, directly or through assistants",
     "evaluate": "measure top-1, top-5 and loss of models on labelled images",
     "substitute": "put cheap blocks in the place of convolutions, chosen by Fisher potential",
     "apply": "replay the record of a surgery on a model file",

@@ -22,7 +22,7 @@ def add_model(
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add how a model may be opened, and ``--input``."""
+    """Add how models may be opened, and ``--input``."""
     parser.add_argument(
         "--arch",
         metavar="NAME",

@@ -72,7 +72,7 @@ def finish(
     from morph.cli import console
 
     if not args.dry_run:
-        _write(result, paths, draw, force=args.force)
+        write_files(result, paths, draw, force=args.force)
     record = result.record.to_json()
     if args.json:
         console.document(record | {"written": [] if args.dry_run else [str(path) for path in paths]})
@@ -82,7 +82,7 @@ def finish(
     return 0
 
 
-def _write(result: Result, paths: tuple[Path, ...], draw: Draw | None, *, force: bool) -> None:
+def write_files(result: Result, paths: tuple[Path, ...], draw: Draw | None, *, force: bool) -> None:
     """Write model, record and (where there is a path for it) picture: all of them or none."""
     from morph.atomic import atomic_path
     from morph.files import save_model

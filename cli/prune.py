@@ -178,6 +178,7 @@ def _show(record: dict[str, Any]) -> None:
         first, others = record["frozen"][0], len(record["frozen"]) - 1
         more = " or more" if others + 1 == MOST_FROZEN else ""
         place = f" (at {first['where']})" if first["where"] else ""
-        console.line(f"frozen         by {first['reason']}{place}; {others}{more} other reasons")
+        rest = f"; {others}{more} other reasons" if others else ""
+        console.line(f"never cut      {first['reason']}{place}{rest}")
     show_checks(record)
     console.line(f"verified       {record['verified']}")

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     kept: Path = args.checkpoint or paths[0].with_suffix(".search")
     check_writable(kept, force=True)
     shape, classes = expected_from(args, opened)
-    images: Any = data_from(args, input_shape=shape, num_classes=classes)
+    images: Any = data_from(args, input_shape=shape, num_classes=classes, fewer=False)
     if args.augment:
         from morph.augmentation import Augmented
 
@@ -243,6 +243,15 @@ def _show(record: dict[str, Any]) -> None:
     console.line(f"search         {record['steps']:,} steps, penalty {raised}")
     if record["forced"]:
         console.line(f"at the end     {record['forced']:,} gates were closed that had not arrived at zero")
+    if record["thin"]:
+        one = record["thin"][0]
+        console.line(
+            f"thin           {len(record['thin'])} layers keep less than a tenth of their gates, e.g. {one['site']} "
+            f"({one['open']:,} of {one['gates']:,})"
+        )
+    if record["branches_gone"]:
+        one = record["branches_gone"][0]["layer"]
+        console.line(f"dropped        {len(record['branches_gone'])} residual branches whole, e.g. that of {one}")
     if record["kept"]:
         one = record["kept"][0]["site"]
         console.line(f"kept           one channel at {len(record['kept'])} places that would have vanished, e.g. {one}")

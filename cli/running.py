@@ -48,7 +48,8 @@ def add_device(parser: argparse.ArgumentParser, *, processes: bool = False) -> N
             "--strategy",
             default="auto",
             metavar="NAME",
-            help="of Lightning Fabric, e.g. ddp or ddp_find_unused_parameters_true (default %(default)s)",
+            help="of Lightning Fabric: ddp, or ddp_find_unused_parameters_true where a loss does not reach all "
+            "parameters (default %(default)s)",
         )
 
 

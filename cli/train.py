@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from morph.cli.data_arguments import positive
 from morph.cli.model_arguments import add_model, expected_from, open_from
 from morph.cli.outputs import paths_from
 from morph.cli.running import PROCESSES, fabric_from, interrupted
@@ -12,7 +14,10 @@ from morph.cli.training_arguments import add_training, options_from
 from morph.cli.training_data import training_data
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from morph.files import OpenedModel
+    from morph.plan import Plan
 
 EPILOG = f"""\
 examples:
@@ -37,24 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of each label that is spread over all classes (default %(default)s)",
     )
+    group = parser.add_argument_group(
+        "multi-channel labels",
+        "A head in the place of the classifier: one filter for each class over the last feature map, whose positions "
+        "are the class's channels; sigmoids vote, and their sum is the output. For `morph distill --multi-channel`.",
+    )
+    group.add_argument("--label-channels", type=positive, metavar="N", help="channels of each class, e.g. 16 or 36")
+    group.add_argument("--label-kernel", type=positive, default=6, metavar="N", help="side (default %(default)s)")
+    group.add_argument("--label-stride", type=positive, default=2, metavar="N", help="stride (default %(default)s)")
     add_training(parser, "the trained model (default: NAME-trained.pt)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run."""
-    from morph.cli.training_runs import (
-        augmented,
-        best_path,
-        check_files,
-        loggers_from,
-        make_result,
-        scores_of,
-        train,
-        write,
-    )
+    from morph.cli.training_results import choose_weights, details_of, make_result, measure, scores_of, write
+    from morph.cli.training_runs import augmented, check_files, loggers_from, train
     from morph.search_checkpoint import seed_everything
     from morph.teaching.objective import Labels
-    from morph.training.evaluation import check_fit, evaluate
+    from morph.training.evaluation import check_fit
 
     options_from(args)
     paths = paths_from(args, "trained", (".json", ".svg"))
@@ -65,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     shape, classes = expected_from(args, opened)
     images, validation = training_data(args, input_shape=shape, num_classes=classes)
     sample = check_fit(opened.model, images, args.batch_size)
+    opened, plan = put_label_head(args, opened, sample)
     objective = Labels(opened.model, label_smoothing=args.label_smoothing)
-    before = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
+    before = measure(opened.model, validation, fabric)
     if args.dry_run:
         return _dry_run(args, opened, sample, images, validation)
     smoothing = {"label_smoothing": args.label_smoothing}
@@ -74,23 +80,12 @@ def run(args: argparse.Namespace) -> int:
         fitted = train(args, objective, augmented(args, images), validation, fabric, files, identity=smoothing)
     except KeyboardInterrupt:
         return int(interrupted(args, files[0]))
-    if args.keep == "best" and fitted.best is not None:
-        opened.model.load_state_dict(fitted.best)
-    after = None if validation is None else evaluate(opened.model, validation, fabric=fabric)
-    details: dict[str, Any] = {
-        "scores_before": scores_of(before),
-        "scores_after": scores_of(after),
-        "best_epoch": fitted.best_epoch,
-        "keep": args.keep,
-        "seconds": sum(row["seconds"] for row in fitted.history),
-        "history": fitted.history,
-        "log": str(files[1]),
-        "best": str(best_path(paths[0])) if args.keep == "both" and fitted.best is not None else None,
-        "architecture": opened.arch,
-    }
+    choose_weights(args, opened.model, fitted)
+    scores = {"scores_before": scores_of(before), "scores_after": scores_of(measure(opened.model, validation, fabric))}
     if not args.speaks:
         return 0
-    result = make_result(args, opened.model, sample, images, validation, details, smoothing)
+    details = {**scores, **details_of(args, fitted, files[1], paths[0]), "architecture": opened.arch}
+    result = make_result(args, opened.model, sample, images, validation, details, smoothing, plan)
     code = write(args, result, fitted, paths, f"{opened.source}: {args.epochs} rounds on {images.source}")
     files[0].unlink(missing_ok=True)
     return int(code)
@@ -109,6 +104,21 @@ def open_model(args: argparse.Namespace) -> OpenedModel:
         check_reinitialise(opened.model)
         reinitialise(opened.model, args.seed)
     return opened
+
+
+def put_label_head(args: argparse.Namespace, opened: OpenedModel, sample: Tensor) -> tuple[OpenedModel, Plan | None]:
+    """The model with a head for multi-channel labels if asked for, and how it got it.
+
+    Raises:
+        HeadError: If it cannot have one of these numbers.
+    """
+    from morph.label_surgery import put_label_head
+
+    if args.label_channels is None:
+        return opened, None
+    numbers = {"channels": args.label_channels, "kernel": args.label_kernel, "stride": args.label_stride}
+    result = put_label_head(opened.model, sample, **numbers, seed=args.seed)
+    return dataclasses.replace(opened, model=result.model, arch=None), result.record.plan
 
 
 def _dry_run(args: argparse.Namespace, opened: OpenedModel, sample: Any, images: Any, validation: Any) -> int:

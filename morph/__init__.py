@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from morph.files import save_model as save_model
     from morph.gating import Gated as Gated
     from morph.gating import gate as gate
+    from morph.head_swapping import swap_head as swap_head
+    from morph.label_surgery import put_label_head as put_label_head
+    from morph.label_surgery import put_voting_head as put_voting_head
     from morph.passes.gates import Gate as Gate
     from morph.plan import Plan as Plan
     from morph.plan import Record as Record
@@ -88,7 +91,10 @@ _HOMES = {
     "Record": "morph.plan",
     "Result": "morph.surgery",
     "load_plan": "morph.plan",
+    "put_label_head": "morph.label_surgery",
+    "put_voting_head": "morph.label_surgery",
     "replay": "morph.surgery",
+    "swap_head": "morph.head_swapping",
     "trace": "morph.tracing",
     "Scores": "morph.training.evaluation",
     "evaluate": "morph.training.evaluation",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ from morph.errors import GateError
 Gates = Mapping[str, nn.Module] | Mapping[str, nn.Parameter] | Iterable[nn.Parameter]
 Weights = Mapping[str, Tensor]
 _Float = TypeVar("_Float")
+
+
+class GateNumbers(TypedDict, total=False):
+    """How gates are learned: the arguments of `APG` behind the gates."""
+
+    lr: float
+    lambda2: float
+    weights: Weights | None
+    momentum: float
+    clamp: bool
 
 
 class APG(Optimizer):

@@ -55,6 +55,8 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: not written: {error.strerror or error}") from error
+    except OutputError as error:  # of a writer that is itself careful about its file, here the temporary one
+        raise OutputError(str(error).replace(str(temporary), str(path))) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from morph.apg import APG, Gates, Weights, named_gates
+from morph.apg import APG, GateNumbers, Gates, named_gates
 from morph.errors import GateError
 
 KEY = "apg"
 """Under which the state of the gates stands in the base optimizer's state_dict."""
 
 
-def attach_gates(
-    optimizer: Optimizer,
-    gates: Gates,
-    *,
-    lr: float = 0.01,
-    lambda2: float = 1e-3,
-    weights: Weights | None = None,
-    momentum: float = 0.9,
-    clamp: bool = False,
-) -> APG:
+def attach_gates(optimizer: Optimizer, gates: Gates, **numbers: Unpack[GateNumbers]) -> APG:
     """Let each step of ``optimizer`` be followed by a step of `APG` on the gates.
 
     The gates become a group of ``optimizer`` whose learning rate and weight decay are zero and stay zero whatever a
@@ -36,11 +27,8 @@ def attach_gates(
         optimizer: Of the weights, possibly wrapped by Accelerate, Fabric or Lightning. If it has the gates already,
             they move to a group of their own.
         gates: As in `APG`.
-        lr: Of the gates, as in `APG`; no scheduler touches it.
-        lambda2: As in `APG`.
-        weights: As in `APG`.
-        momentum: As in `APG`.
-        clamp: As in `APG`.
+        **numbers: ``lr`` of the gates, which no scheduler touches, ``lambda2``, ``weights``, ``momentum`` and ``clamp``
+            as in `APG`.
 
     Returns:
         The optimizer of the gates, for its ``closed()``, ``sparse()`` and ``param_groups``; its ``step`` is called for
@@ -53,7 +41,7 @@ def attach_gates(
     if isinstance(base, LBFGS) or "lr" not in base.defaults:
         raise GateError(f"gates cannot be attached to {type(base).__name__}: it has no learning rate for each group")
     named = named_gates(gates)
-    apg = APG(named, lr, lambda2, weights, momentum, clamp)
+    apg = APG(named, **numbers)
     _take_out(base, list(named.values()))
     group: dict[str, Any] = {"params": list(named.items()) if _is_named(base) else list(named.values())}
     base.add_param_group({**group, "lr": 0.0, "weight_decay": 0.0})

@@ -46,8 +46,12 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         self._go_free()
 
     @classmethod
-    def of(cls, module: nn.MultiheadAttention) -> FreeMultiheadAttention:
+    def of(cls, module: nn.MultiheadAttention, head_dim: int | None = None) -> FreeMultiheadAttention:
         """Let ``module`` itself, with its parameters and hooks, go on as one of this class.
+
+        Args:
+            module: Torch's own, or one of this class.
+            head_dim: Positions of each head that its weights were trained with; by default what it says itself.
 
         Raises:
             EditError: If it is of a class of its own, whose code would be lost.
@@ -60,11 +64,11 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
             )
         module.__class__ = cls
         assert isinstance(module, cls)
-        module._go_free()
+        module._go_free(head_dim)
         return module
 
-    def _go_free(self) -> None:
-        self.value_head_dim = self.scale_dim = self.head_dim
+    def _go_free(self, head_dim: int | None = None) -> None:
+        self.value_head_dim = self.scale_dim = self.head_dim if head_dim is None else head_dim
         self._qkv_same_embed_dim = False  # torch's fused kernels ask for this, and fit only tied widths
 
     def resize(self, num_heads: int, head_dim: int, value_head_dim: int) -> None:

@@ -7,17 +7,25 @@ both: ``zoo:densenet-bc-50-12``, ``zoo:densenet-bc-100-7`` and ``zoo:densenet-bc
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torchvision import models
 
 from morph.cut import reinitialise
 from morph.errors import TargetError
 from morph.pruning import prune
+from morph.zoo.small_images import torchvision_32
 
 Family = Literal["vgg", "googlenet", "resnet", "shufflenet", "mobilenet"]
+
+_NETWORKS: dict[Family, tuple[str, dict[str, Any]]] = {
+    "vgg": ("vgg16_bn", {}),
+    "googlenet": ("googlenet", {}),
+    "resnet": ("resnet18", {}),
+    "shufflenet": ("shufflenet_v2_x2_0", {}),
+    "mobilenet": ("mobilenet_v2", {"width_mult": 1.4}),
+}
 
 
 def baseline(
@@ -65,20 +73,5 @@ def baseline(
 
 def for_small_images(family: Family, num_classes: int = 10) -> nn.Module:
     """The whole network of a family, without the strides at its beginning that are for large images."""
-    net: Any
-    if family == "vgg":
-        net = models.vgg16_bn(num_classes=num_classes)
-        net.avgpool, net.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
-    elif family == "googlenet":
-        net = models.googlenet(num_classes=num_classes, aux_logits=False, init_weights=False)
-        net.conv1.conv, net.maxpool1 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    elif family == "resnet":
-        net = models.resnet18(num_classes=num_classes)
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    elif family == "shufflenet":
-        net = models.shufflenet_v2_x2_0(num_classes=num_classes)
-        net.conv1[0].stride, net.maxpool = (1, 1), nn.Identity()
-    else:
-        net = models.mobilenet_v2(num_classes=num_classes, width_mult=1.4)
-        net.features[0][0].stride = net.features[2].conv[1][0].stride = (1, 1)
-    return cast(nn.Module, net)
+    name, options = _NETWORKS[family]
+    return torchvision_32(name, num_classes, **options)

@@ -9,9 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from morph.augmentation import Augmented
 from morph.errors import DataError, TargetError
-from morph.images import LabelledImages
 from morph.policies import Metric
 
 Batch = tuple[Tensor, Tensor]
@@ -118,9 +116,8 @@ def shuffle_batches(inputs: Tensor, targets: Tensor, batch_size: int, seed: int)
 
 def describe_data(data: Data) -> Mapping[str, object]:
     """What a record says of the data; plain values."""
-    if isinstance(data, LabelledImages | Augmented):
-        return data.describe()
-    return {"source": type(data).__name__}
+    describe = getattr(data, "describe", None) if isinstance(data, Batches) else None
+    return {"source": type(data).__name__} if describe is None else describe()
 
 
 def choose_target(params: float | None, macs: float | None) -> tuple[Metric, int]:

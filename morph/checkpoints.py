@@ -23,18 +23,17 @@ from torch import Tensor
 from morph.atomic import atomic_path, write_text
 from morph.errors import CheckFailedError, EditError, OutputError, PlanMismatchError
 from morph.plan import (
+    DRAWING,
     Deepen,
+    DropBranch,
     FreeAttention,
-    Perturb,
     Plan,
     Regroup,
-    Reinitialise,
     Reroute,
     Resize,
     SetAttribute,
     SetConstant,
     SplitAt,
-    Substitute,
     UseGraph,
     load_plan,
 )
@@ -119,9 +118,7 @@ def edit_checkpoint(plan: Plan | Path, source: Path, out: Path, *, force: bool =
 
 def _assign(plan: Plan, sources: Sequence[Source]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor, by its name in the files; refuses what does not fit."""
-    needing = {
-        type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | Substitute | Reinitialise | Perturb)
-    }
+    needing = {type(e).__name__.lower() for e in plan.edits if isinstance(e, Deepen | DropBranch | DRAWING)}
     if needing:
         raise EditError(
             f"edits of the kind {', '.join(sorted(needing))} make new weights and need the model: open the file as one "
@@ -275,7 +272,7 @@ def _model_changes(plan: Plan) -> tuple[str, ...]:
     """The edits that concern no tensor, in words."""
     sizes = [f"{e.module}.{e.attribute}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetAttribute)]
     sizes += [
-        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as FreeMultiheadAttention"
+        f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as one of free sizes"
         for e in plan.edits
         if isinstance(e, FreeAttention)
     ]

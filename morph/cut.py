@@ -15,14 +15,19 @@ from morph.graphs import graph_of, set_constants
 from morph.heads import free_attention
 from morph.noise import add_noise
 from morph.passes.cheap_blocks import install_block
+from morph.passes.class_heads import resize_head
 from morph.passes.insertion import insert_copies
+from morph.passes.label_placing import place_label_head, place_voting_head
 from morph.passes.regroup import regroup
 from morph.plan import (
     Deepen,
+    DropBranch,
     Edit,
     FreeAttention,
     Perturb,
     Plan,
+    PutLabelHead,
+    PutVotingHead,
     Regroup,
     Reinitialise,
     Reroute,
@@ -31,9 +36,10 @@ from morph.plan import (
     SetConstant,
     SplitAt,
     Substitute,
+    SwapHead,
     UseGraph,
 )
-from morph.rerouting import reroute
+from morph.rerouting import SHIFT, drop_branches, reroute
 from morph.resizing import resized, set_attributes
 
 
@@ -47,7 +53,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         EditError: If an edit cannot be exact on these weights.
         TraceError: If the plan needs the traced graph and there is none.
     """
-    _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
+    if any(isinstance(edit, Regroup) for edit in plan.edits):
+        _check_fit(model, [edit for edit in plan.edits if isinstance(edit, Regroup)])
     grown = model
     for edits in _batches(plan.edits):
         kind = _kind(edits[0])
@@ -93,6 +100,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
         add_noise(grown, edits)
     elif kind is Reroute:
         reroute(grown, edits)
+    elif kind is DropBranch:
+        drop_branches(grown, edits)
     for edit in edits:
         if isinstance(edit, Regroup):
             conv = grown.get_submodule(edit.module)
@@ -104,12 +113,30 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
             )
         elif isinstance(edit, Substitute):
             install_block(grown, edit.module, edit.choice, edit.shape, edit.seed)
+        elif isinstance(edit, SwapHead):
+            resize_head(grown, edit.module, edit.shape, edit.to, edit.index, edit.seed)
+        elif isinstance(edit, PutVotingHead):
+            place_voting_head(grown, edit.module, edit.shape, edit.channels, edit.seed)
+        elif isinstance(edit, PutLabelHead):
+            place_label_head(
+                grown,
+                edit.module,
+                edit.head,
+                edit.shape,
+                removed=edit.removed,
+                rewired=(edit.source, edit.node),
+                sizes=edit.sizes,
+                geometry=(edit.channels, edit.kernel, edit.stride),
+                seed=edit.seed,
+            )
         elif isinstance(edit, Reinitialise):
             reinitialise(grown, edit.seed)
 
 
 def reinitialise(model: nn.Module, seed: int) -> None:
     """Draw every weight of ``model`` afresh, in place, by each module's own ``reset_parameters``.
+
+    What stands in the place of a residual branch that was dropped becomes zero.
 
     The global random state stays as it was.
 
@@ -124,6 +151,10 @@ def reinitialise(model: nn.Module, seed: int) -> None:
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(recurse=False):
+            if name.startswith(SHIFT):
+                parameter.zero_()
 
 
 def check_reinitialise(model: nn.Module) -> None:
@@ -133,7 +164,11 @@ def check_reinitialise(model: nn.Module) -> None:
         EditError: If a parameter belongs to a module that cannot do that; names it.
     """
     owned = [(path, m) for path, m in model.named_modules() if m._parameters or m._buffers]
-    unable = [path or type(m).__name__ for path, m in owned if m._parameters and not hasattr(m, "reset_parameters")]
+    unable = [
+        path or type(m).__name__
+        for path, m in owned
+        if any(not name.startswith(SHIFT) for name in m._parameters) and not hasattr(m, "reset_parameters")
+    ]
     if unable:
         raise EditError(
             f"{len(unable)} modules have parameters but no reset_parameters, so they cannot be drawn afresh: "

@@ -57,6 +57,14 @@ class EditError(MorphError):
     """An edit cannot be applied exactly; the text says to what and why."""
 
 
+class HeadError(MorphError):
+    """A model has no classifier that can be swapped, or no place for the head that was asked for; says why."""
+
+
+class CacheError(MorphError):
+    """A cache of labels or logits is damaged, or is of another teacher or of other data; it stays as it is."""
+
+
 class GateError(MorphError):
     """Gates cannot be put there, learned with these numbers, or attached to this optimizer."""
 
@@ -69,10 +77,6 @@ class SearchError(MorphError):
 
 class SearchStateError(MorphError):
     """The saved state of a search cannot be read, or is of another search."""
-
-
-class FamilyError(MorphError):
-    """The settings of a family of networks are outside their ranges, or give no network."""
 
 
 class StorageError(MorphError):
@@ -89,6 +93,10 @@ class TrainingStateError(MorphError):
 
 class TeachingError(MorphError):
     """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
+
+
+class FamilyError(MorphError):
+    """The settings of a family of networks are outside their ranges, or give no network."""
 
 
 class TapError(TeachingError):

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from morph.analysis import Analysis, length_of
 from morph.analysis.atoms import Labels
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Value, put_back
+from morph.analysis.recording import Call, Inputs, Value, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.heads import SizeEdit, attention_edits, set_sizes
 from morph.plan import FreeAttention, Resize, SetAttribute
@@ -38,7 +38,16 @@ _LAYOUT = {
 }
 _SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default}  # into parts whose shapes are compared
 _COPIES = {_aten.clone, _aten.alias, _aten.detach}
-_SKIPPED = {"training", "in_features", "out_features", "in_channels", "out_channels", "num_features"}
+_SKIPPED = {
+    "training",
+    "num_channels",
+    "normalized_shape",
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "num_features",
+}
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class Fitter:
         """Attributes near a misfit that hold an old size, with the new one, for every module of that class."""
         done = {(e.module, e.attribute) for e in chosen if isinstance(e, SetAttribute)}
         free = {e.module for e in chosen if isinstance(e, FreeAttention)}
-        modules = dict(self.base.named_modules(remove_duplicate=False))
+        modules = dict(named_modules(self.base, remove_duplicate=False))
         sizes = self._sizes(times)
         path = misfit.module
         while True:
@@ -235,7 +244,7 @@ class Fitter:
 def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
     """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
     found: dict[str, SetAttribute] = {}
-    modules = dict(base.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(base, remove_duplicate=False))
     for number, labels in analysis.state.groups.items():
         path = analysis.recording.calls[number].module
         module = modules.get(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from morph.analysis import analyse
 from morph.analysis.atoms import Labels
 from morph.analysis.edits import times_of
 from morph.analysis.recording import Inputs, Value, skeleton
+from morph.branches import Branch, constant_of
 from morph.carriers import Carried, Carrier
 from morph.errors import EditError
 from morph.fitting import new_groups
@@ -21,9 +22,9 @@ from morph.graph_fitting import mend
 from morph.graphs import graph_of
 from morph.liveness import Closing
 from morph.passes.gates import weight_axis
-from morph.plan import Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
+from morph.plan import DropBranch, Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
 from morph.readers import Graphed
-from morph.rerouting import reroute
+from morph.rerouting import drop_branches, reroute
 from morph.resizing import resized, set_attributes
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
@@ -37,6 +38,7 @@ class Removal:
         resizes: The tensors that change.
         groups: Numbers of groups that change.
         reroutes: Readers that read parts; empty if every reader reads all that its source still has.
+        drops: Sums that go without one of their operands.
         gone: Names of the tensors that leave with layers that nobody needs.
         tensors: Names of all tensors that the graph uses.
     """
@@ -44,17 +46,19 @@ class Removal:
     resizes: tuple[Resize, ...]
     groups: tuple[SetAttribute, ...]
     reroutes: tuple[Reroute, ...]
+    drops: tuple[DropBranch, ...]
     gone: tuple[str, ...]
     tensors: tuple[str, ...]
 
 
-def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor]) -> Removal:
+def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor], model: nn.Module) -> Removal:
     """Find what changes.
 
     Args:
         layout: The sites.
         closing: What goes.
         gates: The gates of each site ``[k]``, zero where closed; what is not one goes into the readers' weights.
+        model: Holds the weights; not touched.
     """
     graph, times = layout.bordered, closing.times
     scales = dict(_scales(layout, gates))
@@ -73,7 +77,17 @@ def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor]) 
                 resizes.append(Resize(name, axis, size, tuple(index.tolist()), factors))
     left = set(closing.dead)
     groups = tuple(g for g in new_groups(graph.graph, graph.analysis, times) if g.module not in left and g.new)
-    return Removal(tuple(resizes), groups, tuple(_reroutes(layout, times)), tuple(gone), tuple(sources))
+    reroutes = tuple(_reroutes(layout, times, {branch.reader.node for branch in closing.dropped}))
+    drops = tuple(_drop(branch, model, times) for branch in closing.dropped)
+    return Removal(tuple(resizes), groups, reroutes, drops, tuple(gone), tuple(sources))
+
+
+def _drop(branch: Branch, model: nn.Module, times: Labels) -> DropBranch:
+    """The edit that drops a branch, with what it would still have added."""
+    reader = branch.reader
+    shift = constant_of(branch, model)[times[reader.made] != 0] if branch.shifts else torch.zeros(0)
+    shape = (int((times[reader.made] != 0).sum()), *(1,) * (reader.rank - 1 - reader.axis))
+    return DropBranch(branch.addition, branch.chain[-1], reader.path, shape, tuple(shift.tolist()))
 
 
 def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.GraphModule) -> Plan:
@@ -93,13 +107,16 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     set_attributes(cut, removal.groups)
     if removal.reroutes:
         reroute(cut, removal.reroutes)
+    if removal.drops:
+        drop_branches(cut, removal.drops)
     graph = layout.bordered
     constants, misfit = mend(cut, graph.values, graph.analysis.state, closing.times, graph.inputs)
     if misfit is not None:
         raise EditError(
             f"the traced graph cannot carry the removal: {misfit.reason} (in {misfit.module or 'the model'})"
         )
-    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *removal.groups, *removal.reroutes, *constants]
+    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *removal.groups]
+    everything += [*removal.reroutes, *removal.drops, *constants]
     return Plan(tuple(everything))
 
 
@@ -149,7 +166,7 @@ def _scales(layout: Layout, gates: Mapping[str, Tensor]) -> Iterator[tuple[tuple
         yield (f"{reader.path}.weight", weight_axis(module)), factor[:size] if weight_axis(module) else factor
 
 
-def _reroutes(layout: Layout, times: Labels) -> Iterator[Reroute]:
+def _reroutes(layout: Layout, times: Labels, dropped: Container[str]) -> Iterator[Reroute]:
     """What readers read instead, where that is less than their source still has, or a part of it is gone whole."""
     graph = layout.bordered
     nodes = {node.name: node for node in graph.graph.graph.nodes}
@@ -159,7 +176,7 @@ def _reroutes(layout: Layout, times: Labels) -> Iterator[Reroute]:
             source, user = node.all_input_nodes[0], layout.borders[name]
             module = graph.graph.get_submodule(str(node.target))
             axis = int(module.axis)  # type: ignore[arg-type]
-            if tracer.dead(nodes[user]):
+            if tracer.dead(nodes[user]) or user in dropped:
                 continue
             pieces = tracer.gather(source, axis, np.flatnonzero(times[graph.roots(name)[axis]]))
             if pieces != [(source.name, ())]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -82,8 +81,9 @@ class Gated:
         Raises:
             TargetError: As `sizes`.
         """
-        analysis = self._layout.bordered.analysis
-        return batch_norm_operations(analysis, self._close(closed).times) // self._batch
+        analysis, closing = self._layout.bordered.analysis, self._close(closed)
+        gone = [path for branch in closing.dropped for path in branch.modules]
+        return batch_norm_operations(analysis, closing.times, gone) // self._batch
 
     def weights(self, measure: Measure) -> dict[str, Tensor]:
         """How much closing each gate alone saves, over the largest such saving: alpha_j in (0, 1].
@@ -108,8 +108,10 @@ class Gated:
         """Take the gates out: closed channels go, what open gates multiply goes into the weights of the readers.
 
         A channel goes from whoever makes it when all its readers have closed it, and from the reader alone otherwise.
-        A layer whose outputs nobody reads any more leaves whole. A reader that would have nothing left keeps one
-        channel with weights of zero, and the record says which.
+        A layer whose outputs nobody reads any more leaves whole. Where a reader would have nothing left, what it gives
+        is its bias: if that goes unmixed into a sum, as at the end of a residual branch, the whole branch is dropped,
+        and what bias and batch norm would still have added becomes a parameter. Any other such reader keeps one channel
+        with weights of zero. The record says which.
 
         Args:
             closed: For each site a mask ``[k]`` of gates that count as zero; those that are zero if absent.
@@ -132,8 +134,8 @@ class Gated:
             else gate.weight.detach()
             for name, gate in self._gates().items()
         }
-        removal = plan_removal(self._layout, closing, gates)
         plain = self._plain()
+        removal = plan_removal(self._layout, closing, gates, plain)
         inputs = self._moved()
         own = class_plan(plain, inputs, removal)
         plan = graph_plan(self._layout, closing, removal, bare_graph(plain)) if isinstance(own, str) else own
@@ -176,6 +178,7 @@ class Gated:
             ],
             "kept": [{"site": name, "gates": list(gates)} for name, gates in closing.kept.items()],
             "layers_gone": list(closing.dead),
+            "branches_gone": [{"layer": b.reader.path, "shift": b.shifts} for b in closing.dropped],
             "ungated": dict(self.left),
         }
 
@@ -193,13 +196,9 @@ class Gated:
 
     def _count(self, closing: Closing) -> Sizes:
         """Parameters and multiply-adds of one sample of what stays."""
-        analysis = self._layout.bordered.analysis
-        sizes = count_sizes(analysis, closing.times)
-        left = 0
-        for name in closing.leaving & analysis.parameters:
-            axes = analysis.state.tag(analysis.recording.sources[name]).axes
-            left += math.prod(int(closing.times[a].sum()) if len(a) > 1 else len(a) for a in axes)
-        return Sizes(sizes.params - left, sizes.macs // self._batch)
+        sizes = count_sizes(self._layout.bordered.analysis, closing.times, closing.leaving)
+        new = sum(int(closing.times[branch.reader.made].sum()) for branch in closing.dropped if branch.shifts)
+        return Sizes(sizes.params + new, sizes.macs // self._batch)
 
     def _plain(self) -> nn.Module:
         """The model that came in, with the tensors that the gated one has now."""

@@ -66,3 +66,24 @@ class Reroute:
     axis: int
     pieces: tuple[str, ...]
     indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class DropBranch:
+    """Let a sum in the traced graph go without one of its two operands, which is the same number for each channel.
+
+    What only led to that operand leaves the graph, and modules that only it called leave the module.
+
+    Attributes:
+        node: Name of the node of the sum.
+        source: Name of the operand that goes.
+        module: Path of the layer whose weight is taken to be zero, so that the operand is what its bias gives.
+        shape: Shape of what is added in its place, after all tensors have their new sizes: a new parameter.
+        shift: Its values; empty if nothing is added.
+    """
+
+    node: str
+    source: str
+    module: str
+    shape: tuple[int, ...]
+    shift: tuple[float, ...]

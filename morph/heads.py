@@ -1,14 +1,16 @@
-"""What becomes of `torch.nn.MultiheadAttention` when its tensors are resized: its own class where that fits, or not."""
+"""What becomes of attention when its tensors are resized: its own class where that fits, or one with free sizes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from morph.analysis.recording import named_tensors
+from morph.analysis.recording import named_modules, named_tensors
 from morph.attention import FreeMultiheadAttention
 from morph.errors import PlanMismatchError
 from morph.plan import FreeAttention, Resize, SetAttribute
@@ -31,7 +33,8 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
         edits: The resized tensors.
     """
     found: list[SizeEdit] = []
-    modules = [(p, m) for p, m in model.named_modules() if type(m) in (nn.MultiheadAttention, FreeMultiheadAttention)]
+    known = _classes()
+    modules: list[tuple[str, Any]] = [(p, m) for p, m in named_modules(model) if type(m) in known]
     if not modules:
         return found
     names = {id(tensor): name for name, tensor in named_tensors(model)}
@@ -42,7 +45,6 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
         return np.array(index.get((names[id(tensor)], axis), range(tensor.shape[axis])), np.int64)
 
     for path, module in modules:
-        assert isinstance(module, nn.MultiheadAttention)
         weights = _weights(module)
         if not all(id(w) in names for w in weights):
             continue
@@ -67,19 +69,20 @@ def free_attention(model: nn.Module, edits: Sequence[FreeAttention]) -> None:
 
     A `torch.nn.TransformerEncoder` around it gives up nested tensors, which only torch's fused kernel can take.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
+    known = _classes()
     for edit in edits:
-        module = modules.get(edit.module)
-        known = isinstance(module, nn.MultiheadAttention)
-        present = (module.num_heads, module.head_dim) if isinstance(module, nn.MultiheadAttention) else None
-        if not known or present != (edit.num_heads, edit.head_dim) or len(edit.sizes) != 2:
-            has = f"{present[0]} heads of {present[1]}" if present else "no attention of torch"
+        module: Any = modules.get(edit.module)
+        free: Any = known.get(type(module))
+        # that of windows is read off their weights, which are cut by now
+        present = (module.num_heads, getattr(module, "head_dim", edit.head_dim)) if free else None
+        if present != (edit.num_heads, edit.head_dim) or len(edit.sizes) != 2:
+            has = f"{present[0]} heads of {present[1]}" if present else "no attention that can go free"
             raise PlanMismatchError(
                 f"this plan was made for another model: {edit.module} has {has}, the plan {edit.num_heads} heads of "
                 f"{edit.head_dim} that become {edit.to} of {list(edit.sizes)}"
             )
-        assert isinstance(module, nn.MultiheadAttention)
-        FreeMultiheadAttention.of(module).resize(edit.to, *edit.sizes)
+        free.of(module, edit.head_dim).resize(edit.to, *edit.sizes)
     for outer in modules.values() if edits else ():
         if isinstance(outer, nn.TransformerEncoder) and _holds_free(outer):
             outer.use_nested_tensor = False
@@ -89,9 +92,26 @@ def _holds_free(module: nn.Module) -> bool:
     return any(isinstance(inner, FreeMultiheadAttention) for inner in module.modules())
 
 
-def _edits_of(path: str, module: nn.MultiheadAttention, kept: _Kept) -> list[SizeEdit]:
+def _classes() -> dict[type, Any]:
+    """What of each class of attention becomes; none that inherits from them is known."""
+    found: dict[type, Any] = {nn.MultiheadAttention: FreeMultiheadAttention}
+    if "torchvision.models.swin_transformer" in sys.modules:  # else no model has its layers
+        from morph.window_attention import FREE
+
+        found |= FREE
+    return found | {free: free for free in found.values()}
+
+
+def _head_dim(module: Any) -> int:
+    """Positions of each head in queries and keys."""
+    if hasattr(module, "head_dim"):
+        return int(module.head_dim)
+    return int(module.qkv.weight.shape[0]) // 3 // int(module.num_heads)
+
+
+def _edits_of(path: str, module: Any, kept: _Kept) -> list[SizeEdit]:
     """The edits of one module whose tensors are resized."""
-    heads, size = module.num_heads, module.head_dim
+    heads, size = module.num_heads, _head_dim(module)
     value_size = module.value_head_dim if isinstance(module, FreeMultiheadAttention) else size
     q, k, v = _rows(module, kept)
     forms = [_grid(q, size), _grid(k, size), _grid(v, value_size)]
@@ -101,27 +121,34 @@ def _edits_of(path: str, module: nn.MultiheadAttention, kept: _Kept) -> list[Siz
     mixed = len(kept(out, 1))
     if len(counts) > 1 or 0 in counts or forms[0] != forms[1] or mixed != to * new_value_size:
         return []
+    windows = not isinstance(module, nn.MultiheadAttention)
+    if windows and new_size != new_value_size:
+        return []
     widths = [len(kept(weight, 1)) for weight in projections] * (3 // len(projections))
     tied = widths[0] == to * size == len(kept(out, 0))
-    if isinstance(module, FreeMultiheadAttention) or not tied or (new_size, new_value_size) != (size, size):
+    if hasattr(module, "scale_dim") or not tied or (new_size, new_value_size) != (size, size):
         return [FreeAttention(path, heads, size, to, (new_size, new_value_size))]
     new = {"embed_dim": widths[0], "num_heads": to, "kdim": widths[1], "vdim": widths[2]}
+    new = {"num_heads": to} if windows else new
     old: dict[str, int] = {name: getattr(module, name) for name in new}
     return [SetAttribute(path, name, old[name], new[name]) for name in new if old[name] != new[name]]
 
 
-def _weights(module: nn.MultiheadAttention) -> list[Tensor]:
+def _weights(module: Any) -> list[Tensor]:
     """The weights of the projections, one for all or three, and that of the output."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return [module.qkv.weight, module.proj.weight]
     projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     return [weight for weight in (*projections, module.out_proj.weight) if weight is not None]
 
 
-def _rows(module: nn.MultiheadAttention, kept: _Kept) -> tuple[_Index, _Index, _Index]:
+def _rows(module: Any, kept: _Kept) -> tuple[_Index, _Index, _Index]:
     """For queries, keys and values, where each position afterwards comes from among their own."""
-    if module.in_proj_weight is None:
-        q, k, v = (kept(weight, 0) for weight in _weights(module)[:3])
+    *projections, _ = _weights(module)
+    if len(projections) > 1:
+        q, k, v = (kept(weight, 0) for weight in projections)
         return q, k, v
-    index, wide = kept(module.in_proj_weight, 0), module.num_heads * module.head_dim
+    index, wide = kept(projections[0], 0), module.num_heads * _head_dim(module)
     return index[index < wide], index[(index >= wide) & (index < 2 * wide)] - wide, index[index >= 2 * wide] - 2 * wide
 
 

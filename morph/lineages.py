@@ -10,10 +10,23 @@ from torch import nn
 
 from morph.errors import PlanMismatchError
 from morph.passes.insertion import chain_with_copies
-from morph.plan import Deepen, Edit, Plan, Regroup, Reinitialise, Resize, Substitute
+from morph.plan import (
+    Deepen,
+    DropBranch,
+    Edit,
+    Plan,
+    PutLabelHead,
+    PutVotingHead,
+    Regroup,
+    Reinitialise,
+    Resize,
+    Substitute,
+    SwapHead,
+)
+from morph.rerouting import SHIFT
 from morph.tensor_edits import Fitting, Shape, TensorEdit, tensor_of
 
-_ANY = "*"  # stands for the names inside a block that takes the place of a convolution
+_ANY = "*"  # stands for the names inside what takes the place of a layer
 Tree = dict[str, "Tree"]  # names of the children of a module, and of theirs
 
 
@@ -95,11 +108,20 @@ class _Lineage:
             }
         elif isinstance(edit, Deepen):
             self._deepen(edit)
-        elif isinstance(edit, Substitute):
-            weight = self._origins.pop(f"{edit.module}.weight", None)
-            self._origins.pop(f"{edit.module}.bias", None)
-            if weight is not None:
-                self._origins[f"{edit.module}.{_ANY}"] = Origin(weight.source, (), fresh=True)
+        elif isinstance(edit, PutLabelHead):
+            self._replace(edit.head, edit.module)
+        elif isinstance(edit, Substitute | SwapHead | PutVotingHead):
+            self._replace(edit.module, edit.module)
+        elif isinstance(edit, DropBranch) and edit.shift:
+            number = sum(name.startswith(SHIFT) for name in self._origins)
+            self._origins[f"{SHIFT}{number}"] = Origin(f"{edit.module}.weight", edit.shape, fresh=True)
+
+    def _replace(self, layer: str, place: str) -> None:
+        """Fresh parameters at ``place`` stand for those of a layer."""
+        weight = self._origins.pop(f"{layer}.weight", None)
+        self._origins.pop(f"{layer}.bias", None)
+        if weight is not None:
+            self._origins[f"{place}.{_ANY}"] = Origin(weight.source, (), fresh=True)
 
     def _edit(self, edit: TensorEdit) -> None:
         name = tensor_of(edit)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from morph.analysis.atoms import Labels
+from morph.branches import Branch, find_branch
 from morph.gate_sites import Layout
 from morph.readers import Mask, Reader
 
@@ -21,12 +22,14 @@ class Closing:
         times: For each label 0 if it is gone, 1 if not.
         kept: For each site the closed gates whose channel stays all the same, because a reader would have none left.
         dead: Paths of the readers that nobody needs any more.
+        dropped: Branches that are dropped whole, since their last reader reads nothing any more.
         leaving: Names of the parameters and buffers that only they and what leads to them alone use.
     """
 
     times: Labels
     kept: Mapping[str, tuple[int, ...]]
     dead: tuple[str, ...]
+    dropped: tuple[Branch, ...]
     leaving: frozenset[str]
 
 
@@ -51,6 +54,7 @@ class Liveness:
         used = np.zeros(self.units.count, bool)
         used[self.used_unit] = used[self.border_unit] = True
         self.loose = used & ~self.graph.pinned
+        self.branches = [find_branch(self.graph, reader) for reader in readers]
 
     def _through(self, border: str) -> tuple[Labels, Labels]:
         """The units in front of a border, and the label behind it at the same position."""
@@ -70,29 +74,47 @@ class Liveness:
         """
         masks = {name: np.asarray(mask.detach().cpu().numpy(), bool).copy() for name, mask in closed.items()}
         kept: dict[str, list[int]] = {}
+        dropped: dict[int, Branch] = {}
         while True:
-            times, dead = self._spread(masks)
+            times, dead = self._spread(masks, dropped)
             hungry = [
-                reader
+                number
                 for number, reader in enumerate(self.graph.readers)
                 if not dead[number] and not times[reader.roots].any()
             ]
             if not hungry:
                 break
-            name, gate = self._best(hungry[0], masks, values)
+            number, branch = self._droppable(hungry, dropped)
+            if branch is not None:
+                dropped[number] = branch
+                continue
+            name, gate = self._best(self.graph.readers[hungry[0]], masks, values)
             masks[name][gate] = False
             kept.setdefault(name, []).append(gate)
         gone = tuple(r.path for number, r in enumerate(self.graph.readers) if dead[number])
-        leaving = self._leaving(times) if gone else frozenset()
-        return Closing(times[self.final], {name: tuple(sorted(gates)) for name, gates in kept.items()}, gone, leaving)
+        branches = tuple(dropped[number] for number in sorted(dropped))
+        leaving = self._leaving(times, {name for b in branches for name in b.chain}) if gone else frozenset()
+        stays = {name: tuple(sorted(gates)) for name, gates in kept.items()}
+        return Closing(times[self.final], stays, gone, branches, leaving)
 
-    def _leaving(self, times: Labels) -> frozenset[str]:
-        """Tensors that only nodes use that are empty, or that only such nodes read."""
+    def _droppable(self, hungry: list[int], dropped: Mapping[int, Branch]) -> tuple[int, Branch | None]:
+        """The first of the readers with nothing left that ends a branch, unless that was the last operand of a sum."""
+        taken = {branch.addition for branch in dropped.values()}
+        for number in hungry:
+            branch = self.branches[number]
+            if branch is not None and branch.addition not in taken:
+                return number, branch
+        return hungry[0], None
+
+    def _leaving(self, times: Labels, dropped: set[str]) -> frozenset[str]:
+        """Tensors that only nodes use that are empty or dropped, or that only such nodes read."""
         gone: set[str] = set()
         used: dict[bool, set[str]] = {True: set(), False: set()}
         for node in reversed(self.graph.graph.graph.nodes):
             empty = any(len(roots) and not times[roots].any() for roots in self.graph.roots(node.name))
-            leaves = empty or (bool(node.users) and all(user.name in gone for user in node.users))
+            leaves = (
+                empty or node.name in dropped or (bool(node.users) and all(user.name in gone for user in node.users))
+            )
             if leaves:
                 gone.add(node.name)
             if node.op in ("call_module", "get_attr"):
@@ -101,7 +123,7 @@ class Liveness:
         names = self.graph.analysis.recording.sources
         return frozenset(name for name in names if name in left or name.rpartition(".")[0] in left)
 
-    def _spread(self, masks: Mapping[str, Mask]) -> tuple[Labels, Mask]:
+    def _spread(self, masks: Mapping[str, Mask], dropped: Collection[int]) -> tuple[Labels, Mask]:
         """What is gone, by final label, and which readers make nothing that anybody reads."""
         gone = np.zeros(self.units.count, bool)
         for site in self.layout.sites:
@@ -112,6 +134,7 @@ class Liveness:
             times = np.ones(self.graph.analysis.state.atoms.count, np.int64)
             times[self.units.atom[gone[self.units.unit]]] = 0
             dead = np.bincount(self.maker, weights=times[self.made], minlength=count) == 0
+            dead[list(dropped)] = True
             alive = np.zeros(self.units.count, bool)
             alive[self.used_unit[~dead[self.used_by]]] = True
             alive[self.border_unit[times[self.border_out] != 0]] = True

@@ -112,26 +112,19 @@ def grow_by_gain(
     _check_gains([scores[cell] for cell in convs if convs[cell]], copier)
     ledger = Ledger(convs, before.params, before.macs)
     growth = _chosen(ledger, scores, copier, metric, target)
-    merges, copier, widened = growth.merges, growth.copier, growth.widened
-    plan = Plan((*ledger.edits(merges), *(widened.plan.edits if widened else ())))
-    steps = [*_told(merges, before, metric), *(copier.steps if widened else ())]
+    plan = Plan((*ledger.edits(growth.merges), *(growth.widened.plan.edits if growth.widened else ())))
+    steps = [*_told(growth.merges, before, metric), *(growth.copier.steps if growth.widened else ())]
     for step in steps:
         on_step(step)
     done = operate(model, plan, inputs[:COMPARED], verify=verify)
-    final = {module: groups for step in merges for module, groups in step.groups.items()}
+    final = {module: groups for step in growth.merges for module, groups in step.groups.items()}
+    skipped = [(item.name, item.reason) for item in left]
+    skipped += [(item.coupling, item.reason) for item in growth.copier.left]
+    asked = {f"target_{metric}": target, "share": share, "at": list(at) if at else None, "ignore": list(ignore)}
+    probed = {"batch_size": batch_size, "probe_batches": probe_batches, "seed": seed}
     record = Record(
         command="grow",
-        options={
-            f"target_{metric}": target,
-            "share": share,
-            "at": list(at) if at else None,
-            "ignore": list(ignore),
-            "form": form,
-            "batch_size": batch_size,
-            "probe_batches": probe_batches,
-            "seed": seed,
-            "verify": verify,
-        },
+        options={**asked, "form": form, **probed, "verify": verify},
         plan=plan,
         before=sizes(before),
         after=sizes(done.counts),
@@ -144,8 +137,7 @@ def grow_by_gain(
             "steps": [asdict(step) for step in steps],
             "cells": [cell_row(cell, some, final, scores[cell]) for cell, some in convs.items()],
             **_copied(growth, plan),
-            "left": [{"name": item.name, "reason": item.reason} for item in left]
-            + [{"name": item.coupling, "reason": item.reason} for item in copier.left],
+            "left": [{"name": name, "reason": reason} for name, reason in skipped],
         },
         environment={**environment(model, inputs), "data": describe_data(data)},
     )

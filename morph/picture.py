@@ -99,11 +99,24 @@ def save_figure(draw: Callable[[], Figure], path: Path, count: int, what: str, *
         draw().savefig(temporary, format=form, dpi=144, metadata=metadata)
 
 
+def new_figure(width: float, height: float, title: str, *, solved: bool = True) -> Figure:
+    """An empty figure, in inches, on a canvas of its own with a line above it.
+
+    Args:
+        width: In inches.
+        height: Likewise.
+        title: The line; taken as it is, no formula.
+        solved: Whether the places of the parts are solved for; else everything is placed by hand, the line too.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained" if solved else None)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, parse_math=False, **({} if solved else {"y": 1 - 0.2 / height}))
+    return figure
+
+
 def expansion_figure(rows: Sequence[CellRow], *, title: str) -> Figure:
     """The figure of `expansion_picture`, on a canvas of its own."""
-    figure = Figure(figsize=(10.5, 1.6 + 0.27 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure = new_figure(10.5, 1.6 + 0.27 * len(rows), title)
     scores, groups, added = figure.subplots(1, 3, sharey=True)
     _draw_scores(scores, rows)
     _draw_groups(groups, rows)
@@ -242,9 +255,7 @@ def units_figure(rows: Sequence[UnitRow], *, title: str) -> Figure:
     """The figure of `units_picture`: neighbours of one block stand under its name, in columns of about fifty lines."""
     columns = _columns(_under_headings(rows))
     height = max(map(len, columns))
-    figure = Figure(figsize=(5.2 * len(columns), 1.1 + 0.17 * height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure = new_figure(5.2 * len(columns), 1.1 + 0.17 * height, title)
     widest = max(1.0, *(row.share for row in rows), 1.0)
     for axes, lines in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         _draw_units(axes, lines, height, widest)

@@ -11,6 +11,7 @@ from typing import Any
 
 from morph.atomic import write_text
 from morph.errors import PlanMismatchError
+from morph.graph_edits import DropBranch as DropBranch
 from morph.graph_edits import Reroute as Reroute
 from morph.graph_edits import SetConstant as SetConstant
 from morph.graph_edits import SplitAt as SplitAt
@@ -18,8 +19,11 @@ from morph.graph_edits import UseGraph as UseGraph
 from morph.module_edits import FreeAttention as FreeAttention
 from morph.module_edits import SetAttribute as SetAttribute
 from morph.random_edits import Perturb as Perturb
+from morph.random_edits import PutLabelHead as PutLabelHead
+from morph.random_edits import PutVotingHead as PutVotingHead
 from morph.random_edits import Reinitialise as Reinitialise
 from morph.random_edits import Substitute as Substitute
+from morph.random_edits import SwapHead as SwapHead
 
 SCHEMA = 1
 
@@ -91,6 +95,9 @@ Edit = (
     | Resize
     | Deepen
     | Substitute
+    | SwapHead
+    | PutLabelHead
+    | PutVotingHead
     | SetAttribute
     | FreeAttention
     | UseGraph
@@ -98,6 +105,7 @@ Edit = (
     | SplitAt
     | Perturb
     | Reroute
+    | DropBranch
 )
 _KINDS: dict[str, type[Edit]] = {
     "regroup": Regroup,
@@ -105,6 +113,9 @@ _KINDS: dict[str, type[Edit]] = {
     "resize": Resize,
     "deepen": Deepen,
     "substitute": Substitute,
+    "swaphead": SwapHead,
+    "putlabelhead": PutLabelHead,
+    "putvotinghead": PutVotingHead,
     "setattribute": SetAttribute,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
@@ -112,7 +123,12 @@ _KINDS: dict[str, type[Edit]] = {
     "splitat": SplitAt,
     "perturb": Perturb,
     "reroute": Reroute,
+    "dropbranch": DropBranch,
 }
+
+
+DRAWING = Reinitialise | Substitute | SwapHead | PutLabelHead | PutVotingHead | Perturb
+"""Edits that draw random numbers and so do not keep the function."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ class Plan:
 
     def preserving(self) -> Plan:
         """The edits that keep the model's function."""
-        return Plan(tuple(e for e in self.edits if not isinstance(e, Reinitialise | Substitute | Perturb)))
+        return Plan(tuple(e for e in self.edits if not isinstance(e, DRAWING)))
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
@@ -183,6 +199,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "deviation": lambda value: isinstance(value, float | int) and 0 <= value < float("inf"),
     "index": lambda value: isinstance(value, list) and all(map(_whole, value)),
     "scale": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
+    "shift": lambda value: isinstance(value, list) and all(isinstance(x, float | int) for x in value),
     "attribute": lambda value: isinstance(value, str) and value.isidentifier(),
     "value": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
     "new": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
@@ -198,6 +215,11 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "container": lambda value: isinstance(value, str),
     "blocks": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "copies": _whole,
+    "head": lambda value: isinstance(value, str),
+    "removed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "channels": _whole,
+    "kernel": _whole,
+    "stride": _whole,
     "zeroed": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "length": _whole,
     "params": _whole,

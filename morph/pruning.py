@@ -126,13 +126,13 @@ def _prune(
     verified = "not verified: switched off"
     for number, target in enumerate(_targets(asked, before, batch, steps), 1):
         analysis = analyse(now, example_inputs) if number > 1 else first
-        done = _step(now, example_inputs, analysis, target, data, loss, form)
+        done = _reach(now, example_inputs, analysis, target, data, loss, form)
         if verify and not on_meta(now):
             try:
                 check = check_cut(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
                 analysis = analyse(now, example_inputs, with_data=True)
-                done = _step(now, example_inputs, analysis, target, data, loss, form)
+                done = _reach(now, example_inputs, analysis, target, data, loss, form)
                 check = check_cut(done, now, example_inputs, analysis)
             checks.append(check)
             require(tuple(checks))
@@ -154,6 +154,36 @@ def _prune(
         environment=environment(model, example_inputs),
     )
     return Result(now, record)
+
+
+def _reach(
+    model: nn.Module,
+    inputs: Inputs,
+    analysis: Analysis,
+    asked: Request,
+    data: Iterable[tuple[Any, Any]] | None,
+    loss: Loss | None,
+    form: Form,
+) -> Removed:
+    """Cut until the target is met: what had to be left whole is made up for elsewhere.
+
+    Raises:
+        TargetError: If the rest is not enough; says the nearest that can be reached.
+    """
+    found = _step(model, inputs, analysis, asked, data, loss, form)
+    done, left = found, found.left
+    while found.left and _over(asked, _per_sample(analysis.sizes(found.choice), batch_of(inputs))) > 0:
+        asked = dataclasses.replace(asked, ignore=(*asked.ignore, *sorted({item.coupling for item in found.left})))
+        found = _step(model, inputs, analysis, asked, data, loss, form)
+        left = (*left, *found.left)
+    return found if found is done else dataclasses.replace(found, left=left)
+
+
+def _over(asked: Request, size: Sizes) -> float:
+    """By how much a size is above the target; 0 where there is none."""
+    if asked.target_params is not None:
+        return size.params - asked.target_params
+    return size.macs - asked.target_macs if asked.target_macs is not None else 0.0
 
 
 def _step(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 
 from morph.errors import PlanMismatchError
-from morph.plan import Reroute
+from morph.plan import DropBranch, Reroute
 
 INDEX = "morph_index_"
+SHIFT = "morph_shift_"
 
 
 def reroute(module: nn.Module, edits: Sequence[Reroute]) -> None:
@@ -19,10 +22,8 @@ def reroute(module: nn.Module, edits: Sequence[Reroute]) -> None:
     Raises:
         PlanMismatchError: If it is no graph, a node does not exist, or it does not read what the plan says.
     """
-    if not isinstance(module, fx.GraphModule):
-        raise PlanMismatchError("a plan that changes the traced graph must first go on with that graph")
-    graph = module.graph
-    nodes = {node.name: node for node in graph.nodes}
+    module = _checked(module)
+    graph, nodes = module.graph, {node.name: node for node in module.graph.nodes}
     made: dict[object, fx.Node] = {}
     left: list[fx.Node] = []
     for edit in edits:
@@ -41,8 +42,66 @@ def reroute(module: nn.Module, edits: Sequence[Reroute]) -> None:
         ]
         user.replace_input_with(source, _joined(graph, source, parts, edit.axis, made))
         left.append(source)
-    _take_out(graph, left)
-    graph.lint()
+    _tidy(module, left)
+
+
+def drop_branches(module: nn.Module, edits: Sequence[DropBranch]) -> None:
+    """Take operands out of sums, in place.
+
+    Raises:
+        PlanMismatchError: If it is no graph, or a node does not exist, or it is no sum of what the plan says.
+    """
+    module = _checked(module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for edit in edits:
+        node, source = nodes.get(edit.node), nodes.get(edit.source)
+        if node is None or source is None:
+            missing = edit.node if node is None else edit.source
+            raise PlanMismatchError(f"this plan was made for another model: its graph has no node {missing!r}")
+        if len(node.args) != 2 or source not in node.args or len(node.all_input_nodes) != 2:
+            raise PlanMismatchError(
+                f"this plan was made for another model: node {edit.node!r} does not add {edit.source!r} to another node"
+            )
+        if source not in _behind(module, edit.module):
+            raise PlanMismatchError(
+                f"this plan was made for another model: {edit.source!r} is not what {edit.module!r} leads to"
+            )
+        if len(edit.shift) not in (0, math.prod(edit.shape)):
+            raise PlanMismatchError(f"{len(edit.shift)} numbers do not fill the shape {list(edit.shape)}")
+        rest = next(other for other in node.all_input_nodes if other is not source)
+        node.replace_all_uses_with(_shifted(module, node, rest, edit) if edit.shift else rest)
+    _tidy(module, [nodes[edit.node] for edit in edits])
+
+
+def _behind(module: fx.GraphModule, path: str) -> list[fx.Node]:
+    """The node that calls a module, and those that follow one after another, each the only reader of the one before."""
+    found = [node for node in module.graph.nodes if node.op == "call_module" and node.target == path]
+    while found and len(found[-1].users) == 1:
+        found.append(next(iter(found[-1].users)))
+    return found
+
+
+def _shifted(module: fx.GraphModule, node: fx.Node, rest: fx.Node, edit: DropBranch) -> fx.Node:
+    """What is left of a sum: the other operand and a new parameter."""
+    name = f"{SHIFT}{sum(n.startswith(SHIFT) for n in module._parameters)}"
+    like = next(t for t in module.parameters() if t.is_floating_point())
+    values = torch.tensor(edit.shift, dtype=like.dtype, device=like.device).reshape(edit.shape)
+    module.register_parameter(name, nn.Parameter(values))
+    with module.graph.inserting_before(node):
+        return module.graph.call_function(operator.add, (rest, module.graph.get_attr(name)))
+
+
+def _checked(module: nn.Module) -> fx.GraphModule:
+    """The module as the graph that it must be."""
+    if not isinstance(module, fx.GraphModule):
+        raise PlanMismatchError("a plan that changes the traced graph must first go on with that graph")
+    return module
+
+
+def _tidy(module: fx.GraphModule, left: list[fx.Node]) -> None:
+    """Take out what nobody reads any more."""
+    _take_out(module.graph, left)
+    module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
 

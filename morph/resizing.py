@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from morph.analysis.atoms import Labels
-from morph.analysis.recording import named_tensors
+from morph.analysis.recording import named_modules, named_tensors
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.plan import Resize, SetAttribute
@@ -107,7 +107,7 @@ def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
     Raises:
         PlanMismatchError: If a module or its attribute is not what the plan was made for.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     for edit in edits:
         module = modules.get(edit.module)
         present = getattr(module, edit.attribute, None)

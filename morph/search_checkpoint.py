@@ -17,7 +17,7 @@ from torch import Tensor
 from morph.atomic import atomic_path
 from morph.errors import MorphError, SearchStateError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from morph.search_checkpoint import load, random_states, save, set_random_states
 from morph.search_losses import kl_divergence
 from morph.search_options import GATE_MOMENTUM, SearchLoss, SearchOptions
 from morph.search_progress import Found, Keep, Progress
-from morph.search_schedule import distances, learning_rate, needed_lambda2, order_of_closing
+from morph.search_schedule import distances, last_gates, learning_rate, needed_lambda2, order_of_closing
 
 _ROUND = 1_000_003  # between the seeds of two rounds
 
@@ -193,30 +193,41 @@ class Search:
         rest = self.steps - self.found.step
         self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
         far = distances(sparse, self.alpha)
-        needed = needed_lambda2(
-            self.meter, closed, far, self.target, lr=self.options.gate_lr, momentum=GATE_MOMENTUM, steps=rest
+        last = last_gates(far, self.meter.flat.lengths.values())
+        lr, momentum = self.options.gate_lr, GATE_MOMENTUM
+        needed, spares = needed_lambda2(
+            self.meter, closed, far, last, self.target, lr=lr, momentum=momentum, steps=rest
         )
         value = max(self.options.lambda2, needed)
         if not math.isclose(value, self.lambda2, rel_tol=1e-3):
             for group in self.apg.param_groups:
                 group["lambda2"] = value
             self.found.lambda2.append([self.found.step, value])
+        self._weigh(torch.where(last, self.options.lambda2 / value, 1.0) if spares and value else None)
+
+    def _weigh(self, share: Tensor | None) -> None:
+        """Lay a share ``[total]`` of the penalty on each gate: the last ones of a site bear no more than at first."""
+        weights = self.meter.flat.split(self.alpha if share is None else self.alpha * share)
+        for name, gate in self.apg.named().items():
+            self.apg.state[gate]["alpha"].copy_(weights[name])
 
     def _finish(self) -> Found:
-        """Close as many gates as the budget asks for, the nearest to zero first."""
+        """Close as many gates as the budget asks for, the nearest to zero first, the last ones of a site at the end."""
         sparse, found = self.sparse(), self.found
-        met = self.meter.size(sparse == 0) <= self.target
+        shut = sparse == 0
+        met = self.meter.size(shut) <= self.target
         if met:  # those that closed since the last count need not all be closed
-            stays = (sparse == 0) & (self.before == 0)
-            far = torch.where(sparse == 0, distances(self.before, self.alpha), 0.0)
+            stays = shut & (self.before == 0)
+            far = torch.where(shut, distances(self.before, self.alpha), torch.inf)
         else:
-            stays, far = sparse == 0, distances(sparse, self.alpha)
-        order = order_of_closing(far)
+            stays, far = shut, distances(sparse, self.alpha)
+        last = last_gates(far, self.meter.flat.lengths.values())
+        order = order_of_closing(torch.where(shut == met, far, 0.0), last)
         number = close_in_order(self.meter, stays, order, self.target)
         if number is None:
             raise SearchError(f"the gates that may close do not meet the budget{self._kept()}")
         found.closed = also(stays, order, number)
-        found.values = torch.where(found.closed, 0.0, torch.where(sparse == 0, self.before, sparse))
+        found.values = torch.where(found.closed, 0.0, torch.where(shut, self.before, sparse))
         found.reopened, found.forced = (len(order) - number, 0) if met else (0, number)
         return found
 
@@ -231,7 +242,7 @@ class Search:
         if self.fabric.is_global_zero:
             found = {key: value for key, value in vars(self.found).items() if value is not None}
             parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "found": found}
-            rest = {"before": self.before, "next_look": self.next_look, "random": randoms}
+            rest = {"alpha": self.alpha, "before": self.before, "next_look": self.next_look, "random": randoms}
             save(self.keep.path, parts | rest, self.keep.identity)
         self.fabric.barrier()
 
@@ -241,8 +252,7 @@ class Search:
         state = load(self.keep.path, self.keep.identity)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        weights = {name: self.apg.state[gate]["alpha"] for name, gate in self.apg.named().items()}
-        self.alpha = self.meter.flat.join(weights)  # measured latencies would be others now
+        self.alpha = state["alpha"]  # measured latencies would be others now
         self.found = Found(**state["found"])
         self.before, self.next_look = state["before"], state["next_look"]
         set_random_states(state["random"][self.fabric.global_rank])

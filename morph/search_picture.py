@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from morph.picture import block_of, save_figure
+from morph.picture import block_of, new_figure, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -54,9 +53,7 @@ def search_figure(drops: Rows, history: Rows, *, title: str) -> Figure:
     bars = 0.8 + _MAP_HEIGHT * bool(blocks) + 0.6 * bool(blocks)
     course = bars + _HEIGHT + below + 0.4
     height = course + _HEIGHT + 0.5 if history else course
-    figure = Figure(figsize=(_WIDTH, height))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False, y=1 - 0.2 / height)
+    figure = new_figure(_WIDTH, height, title, solved=False)
 
     def place(left: float, top: float, width: float, tall: float) -> Axes:
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))

@@ -15,6 +15,7 @@ from morph.gating import Gated, gate
 from morph.policies import Metric
 from morph.search_budget import Flat, Meter, check_budget
 from morph.search_options import SearchOptions
+from morph.search_schedule import floor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,14 @@ def space_facts(space: SearchSpace) -> dict[str, Any]:
             for site in space.gated.sites
         ],
     }
+
+
+def thin(sites: Sequence[Site], closed: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The sites where fewer gates stay open than `morph.search_schedule.floor_of` asks for."""
+    still = [(site, site.gates - int(closed[site.name].sum())) for site in sites]
+    return [
+        {"site": site.name, "open": left, "gates": site.gates} for site, left in still if left < floor_of(site.gates)
+    ]
 
 
 def with_norms(counts: Counts) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -67,7 +68,8 @@ def choose_units(
             with the global one. Never more than that; less where ``minimum`` and ``multiple`` say so.
         target_params: Drop as little as makes the model have at most so many parameters; nothing if it has.
         target_macs: The same for multiply-adds, in the unit of ``cost``.
-        ranking: ``local`` takes the same share of each coupling; ``global`` sets one threshold over all scores.
+        ranking: ``local`` takes the same share of each coupling, but for one unit where a target lies between;
+            ``global`` sets one threshold over all scores.
         minimum: Units that stay in each coupling; at least one stays always.
         multiple: The width that a coupling keeps (its units times the positions of each on its first place) shall be a
             multiple of this; rounded up, so that a coupling that is no wider is left whole.
@@ -211,14 +213,19 @@ class _Levels:
 
 
 def _local(queues: Sequence[_Queue]) -> _Levels:
-    """Levels are the shares at which some coupling loses one more unit."""
-    sizes = {queue.coupling.units for queue in queues}
-    shares = sorted({count / units for units in sizes for count in range(units)} | {0.0})
+    """Levels are numbers of units in one order over all couplings: by the share of its own that is gone with each."""
+    shares = [np.arange(1, queue.coupling.units) / queue.coupling.units for queue in queues]
+    together = np.concatenate([*shares, np.zeros(0)])
+    order = np.argsort(together, kind="stable")
+    owner = np.repeat(np.arange(len(queues)), [len(some) for some in shares])[order]
+    reached = np.concatenate([[0.0], together[order]])
+    counts = partial(_owned, owner, len(queues))
+    return _Levels(queues, counts, len(owner), lambda level, ratio: bool(reached[level] <= ratio + _ROUNDING))
 
-    def counts(level: int) -> list[int]:
-        return [_share(shares[level], queue.coupling.units) for queue in queues]
 
-    return _Levels(queues, counts, len(shares) - 1, lambda level, ratio: shares[level] <= ratio + _ROUNDING)
+def _owned(owner: NDArray[np.int64], queues: int, level: int) -> list[int]:
+    """How many of the first units of an order belong to each coupling."""
+    return [int(n) for n in np.bincount(owner[:level], minlength=queues)]
 
 
 def _global(queues: Sequence[_Queue], normalise: Normalise, cost: Cost) -> _Levels:
@@ -229,8 +236,7 @@ def _global(queues: Sequence[_Queue], normalise: Normalise, cost: Cost) -> _Leve
     order = np.argsort(np.concatenate([*lowest, np.zeros(0)]), kind="stable")
     owner = owner[order]
 
-    def counts(level: int) -> list[int]:
-        return [int(n) for n in np.bincount(owner[:level], minlength=len(queues))]
+    counts = partial(_owned, owner, len(queues))
 
     def within(level: int, ratio: float) -> bool:
         dropped = sum(q.rounded(count) for q, count in zip(queues, counts(level), strict=True))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from morph.picture import save_figure
+from morph.picture import new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def students_picture(rows: Sequence[StudentRow], path: Path, *, title: str, forc
 
 def students_figure(rows: Sequence[StudentRow], *, title: str) -> Figure:
     """The figure of `students_picture`, on a canvas of its own."""
-    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure = new_figure(10.5, 4.6, title)
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, label, sizes in (

@@ -27,7 +27,7 @@ from morph.search_loop import Search
 from morph.search_losses import UserLoss
 from morph.search_options import SearchOptions
 from morph.search_progress import Found, Keep, Progress
-from morph.search_space import SearchSpace, drops, open_space, space_facts, with_norms
+from morph.search_space import SearchSpace, drops, open_space, space_facts, thin, with_norms
 from morph.surgery import Result, environment, sizes
 
 COMMAND = "prune-for-student"
@@ -93,7 +93,6 @@ def search_student(
     numbers = SearchOptions(**options)
     if not numbers.inherit:
         check_reinitialise(teacher)
-    runner = fabric or Fabric(devices=1)
     states = random_states()
     try:
         seed_everything(numbers.seed)
@@ -102,26 +101,30 @@ def search_student(
         keep = None
         if checkpoint is not None:
             keep = Keep(checkpoint, checkpoint_every, _identity(teacher, data, space, numbers, loss))
-        search = Search(
-            space.gated.model,
-            teacher,
-            dict(gates_of(space.gated.model)),
-            dict(space.alpha),
-            space.meter,
-            space.target,
-            data,
-            numbers.make_loss(loss),
-            numbers,
-            runner,
-            keep,
-        )
-        if keep is not None and keep.path.exists():
-            search.resume()
+        search = _search(teacher, data, space, numbers, loss, fabric or Fabric(devices=1), keep)
         found = search.run(on_progress, should_stop)
         space.gated.model.to(inputs.device)
         return _student(teacher, data, space, numbers, found)
     finally:
         set_random_states(states)
+
+
+def _search(
+    teacher: nn.Module,
+    data: Data,
+    space: SearchSpace,
+    options: SearchOptions,
+    loss: UserLoss | None,
+    fabric: Fabric,
+    keep: Keep | None,
+) -> Search:
+    """The search, at its beginning or where its state was left."""
+    model, alpha, made = space.gated.model, dict(space.alpha), options.make_loss(loss)
+    gates: dict[str, nn.Module] = dict(gates_of(model))
+    search = Search(model, teacher, gates, alpha, space.meter, space.target, data, made, options, fabric, keep)
+    if keep is not None and keep.path.exists():
+        search.resume()
+    return search
 
 
 def _identity(
@@ -169,13 +172,17 @@ def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Co
     """What the record says beside what the removal says."""
     every = -(-len(found.history) // _ROWS)
     closed = space.flat.split(found.closed) if found.closed is not None else {}
+    facts = space_facts(space)
+    sites = [{**site, "closed": int(closed[site["name"]].sum())} for site in facts["sites"]]
     weights = "those of the search; replayed on the teacher, the plan gives the structure alone"
     return {
-        **space_facts(space),
+        **facts,
+        "sites": sites,
         "macs_paper_after": with_norms(after),
         "steps": found.step,
         "reopened": found.reopened,
         "forced": found.forced,
+        "thin": thin(space.gated.sites, closed),
         "lambda2": found.lambda2,
         "weights": weights if options.inherit else f"drawn afresh, seed {options.seed}, after the check",
         "drops": drops(space.gated.sites, closed),

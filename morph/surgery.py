@@ -13,11 +13,23 @@ from torch import nn
 
 from morph.analysis import analyse
 from morph.analysis.edits import closes_gates, drops, times_of
-from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError
-from morph.plan import Check, Perturb, Plan, Record, Reinitialise, Resize, Substitute
+from morph.plan import (
+    Check,
+    DropBranch,
+    Perturb,
+    Plan,
+    PutLabelHead,
+    PutVotingHead,
+    Record,
+    Reinitialise,
+    Resize,
+    Substitute,
+    SwapHead,
+)
 from morph.removal import LIMIT as CUT_LIMIT
 from morph.removal import compare, compare_cut, run_silenced
 from morph.tracing import try_inputs
@@ -96,6 +108,9 @@ def _silenced(model: nn.Module, plan: Plan, inputs: Inputs) -> Check:
     """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
     cut = apply_plan(copy.deepcopy(model).double(), plan)
     resizes = [edit for edit in plan.edits if isinstance(edit, Resize)]
+    tensors = dict(named_tensors(model))
+    names = [f"{edit.module}.weight" for edit in plan.edits if isinstance(edit, DropBranch)]
+    resizes += [Resize(name, 0, len(tensors[name]), ()) for name in names]
     return compare("parameters set to zero", run_silenced(resizes, model, inputs), cut, inputs, CUT_LIMIT)
 
 
@@ -183,6 +198,8 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
         return text + "; then all weights were drawn afresh, so the new model computes something else"
     if any(isinstance(edit, Perturb) for edit in plan.edits):
         return f"{text}; then {NOISE}"
+    if any(isinstance(edit, SwapHead | PutLabelHead | PutVotingHead) for edit in plan.edits):
+        return text + "; then the classifier was changed, so the new model computes something else"
     if any(isinstance(edit, Substitute) for edit in plan.edits):
         return text + "; then blocks were put in with fresh weights, so the new model computes something else"
     return text

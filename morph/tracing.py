@@ -73,10 +73,9 @@ def place_of(error: BaseException) -> str:
 class _Tracer(fx.Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
-    record_stack_traces = True
-
-    def __init__(self) -> None:
+    def __init__(self, lines: bool) -> None:
         super().__init__()
+        self.record_stack_traces = lines
         self.outputs: dict[str, list[str]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -149,7 +148,7 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
     try_inputs(root, inputs)
-    module, found = trace_calls(root)
+    module, found = trace_calls(root, lines=True)
     runner = _Shapes(module)
     with torch.no_grad():
         runner.run(*inputs)
@@ -158,7 +157,9 @@ def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
 
 
 def trace_graph(root: nn.Module) -> fx.GraphModule:
-    """The symbolic graph of ``root``, whose modules it shares.
+    """The symbolic graph of ``root``, whose modules it shares; its nodes do not know the lines that they come from.
+
+    Looking those up takes a fifth of the time and of the memory of a cut through the graph.
 
     Raises:
         TraceError: If it cannot be traced; names the line of the user's code.
@@ -166,13 +167,17 @@ def trace_graph(root: nn.Module) -> fx.GraphModule:
     return trace_calls(root)[0]
 
 
-def trace_calls(root: nn.Module) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule, dict[str, list[str]]]:
     """The symbolic graph of ``root`` and, by module path, the nodes that hold its (first) output, one for each call.
+
+    Args:
+        root: The graph shares its modules.
+        lines: Whether nodes know the lines of the user's code that they come from.
 
     Raises:
         TraceError: If it cannot be traced; names the line of the user's code.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(lines)
     try:
         graph = tracer.trace(root)
     except Exception as error:

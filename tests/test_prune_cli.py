@@ -66,7 +66,7 @@ def test_prune_writes_model_record_and_picture(capsys, model):
     row = record["couplings"][0]
     assert f"{row['units_before']} -> {row['units_after']}" in out
     assert "form           the model's own class" in out
-    assert "frozen         by output of the model" in out
+    assert "never cut      output of the model" in out
     assert "check          zeroing reference: max |difference|" in out
     assert "zeros where its readers saw what was cut" in out
     drawn = Path("model-pruned.svg").read_text()

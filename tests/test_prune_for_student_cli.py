@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from models import randomise
+from PIL import Image
 
 import morph
 from morph.cli.main import main
@@ -75,6 +77,22 @@ def test_it_writes_student_record_and_picture(capsys, teacher):
     one, two = student.model.state_dict(), morph.open_model("again.pt").model.state_dict()
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_a_steep_penalty_takes_is_told(capsys):
+    """A net of residual blocks from which next to nothing may stay."""
+    torch.manual_seed(0)
+    morph.save_model(randomise(build("wrn-10-1")), Path("wrn.pt"), input_shape=(3, 32, 32))
+    code, out, _ = run(capsys, "wrn.pt", "--target-params", "200", *FAST, "--lambda2", "100", "--out", "few.pt")
+    record = json.loads(Path("few.json").read_text())
+    assert code == 0
+    one = record["thin"][0]
+    assert (
+        f"thin           {len(record['thin'])} layers keep less than a tenth of their gates, e.g. {one['site']}" in out
+    )
+    assert record["branches_gone"]
+    assert f"dropped        {len(record['branches_gone'])} residual branches whole, e.g. that of groups." in out
+    assert morph.open_model("few.pt").model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_json_and_parameters_and_inherit(capsys):
@@ -186,12 +204,80 @@ def test_no_number_ends_with_one_line_and_keeps_the_teacher(capsys):
     assert "student.pt" not in " ".join(files())
 
 
-def test_a_disk_that_is_full_costs_nothing(capsys, monkeypatch):
-    import morph.search_checkpoint
+def full(allowed: int, write):
+    """A writer whose disk is full after some files."""
+    calls = itertools.count(1)
 
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
+    def to_disk(path: Path, content: bytes) -> int:
+        if next(calls) > allowed:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
 
-    monkeypatch.setattr(morph.search_checkpoint.torch, "save", full)
-    error = bad(capsys, "teacher.pt", "--target-params", "2K", *FAST, "--checkpoint-every", "1")
-    assert "teacher-student.search: not written: No space left on device" in error
+    return to_disk
+
+
+@pytest.mark.parametrize("allowed", [0, 3, 5])
+def test_a_disk_that_is_full_costs_nothing(capsys, monkeypatch, allowed):
+    """State after steps 2, 4, ...; then no more room. With room again the same command ends with the same student."""
+    command = ["teacher.pt", "--target-params", "2K", *FAST, "--checkpoint-every", "2", "--out"]
+    assert run(capsys, *command, "whole.pt")[0] == 0
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full(allowed, Path.write_bytes))
+        code, out, err = run(capsys, *command, "two.pt")
+    name = "two.pt" if allowed == 5 else "two.search"  # the sixth file is the student
+    assert (code, out) == (2, "")
+    assert err == f"morph: {name}: not written: No space left on device\n"
+    assert files() - before == ({"two.search"} if allowed else set())
+    code, _, err = run(capsys, *command, "two.pt")
+    assert code == 0
+    assert ("going on from two.search" in err) == bool(allowed)
+    assert Path("two.json").read_bytes() == Path("whole.json").read_bytes()
+    one, two = (morph.open_model(f"{name}.pt").model.state_dict() for name in ("whole", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_file_that_may_not_grow_is_one_line():
+    """As the operating system says it, not as a mock does."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    program = limit + "from morph.cli.main import main; raise SystemExit(main())"
+    command = ["prune-for-student", "teacher.pt", "--target-params", "2K", *FAST]
+    before = files()
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "morph: teacher-student.search: not written: File too large\n"
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("folders", "text"),
+    [
+        (0, "images: has no folders of classes with images in them"),
+        (3, "images: has 3 classes, the model has 10"),
+        (12, "images: has 12 classes, the model has 10; give data of the model's classes"),
+    ],
+)
+def test_image_folders_that_do_not_fit(capsys, folders, text):
+    Path("images").mkdir()
+    for number in range(folders):
+        Path(f"images/{number:02}").mkdir()
+        Image.new("RGB", (32, 32)).save(f"images/{number:02}/one.png")
+    assert text in bad(capsys, "teacher.pt", "--target-params", "2K", "--data", "images", "--epochs", "1")
+
+
+def test_no_number_later_keeps_the_last_good_state(capsys, monkeypatch):
+    command = ["teacher.pt", "--target-params", "2K", *FAST, "--checkpoint-every", "2", "--out"]
+    assert run(capsys, *command, "whole.pt")[0] == 0
+    steps = itertools.count(1)
+
+    def poisoned(*args):
+        return morph.search_losses.kl_divergence(*args) * (float("nan") if next(steps) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("morph.search_losses.DistillationLoss.__call__", lambda _, s, t, y: poisoned(s, t))
+        code, out, err = run(capsys, *command, "two.pt")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "not a finite number after step 6" in err
+    assert "the last good state is in two.search" in err
+    assert run(capsys, *command, "two.pt")[0] == 0
+    assert Path("two.json").read_bytes() == Path("whole.json").read_bytes()

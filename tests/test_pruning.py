@@ -16,6 +16,7 @@ from models import Snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 import morph
 from morph import pruning
@@ -344,3 +345,36 @@ class Unroll(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.two(F.relu(self.one(x))) if x.sum() > -1e9 else x
+
+
+def test_what_must_stay_whole_is_made_up_for_elsewhere():
+    class Own(ShiftedWindowAttention):
+        """Not torchvision's own any more, so that it stays what it is: it cannot lose single channels."""
+
+    torch.manual_seed(0)
+    model = SwinTransformer(
+        [4, 4], embed_dim=12, depths=[1, 1], num_heads=[3, 3], window_size=[4, 4], num_classes=5
+    ).eval()
+    for module in model.modules():
+        if type(module) is ShiftedWindowAttention:
+            module.__class__ = Own
+    x = torch.randn(2, 3, 32, 32)
+    whole = morph.count(model, x[:1]).macs
+    result = morph.prune(model, x, target_macs=0.7 * whole, normalise="macs")
+    assert result.record.details["left"]
+    assert morph.count(result.model, x[:1]).macs == result.record.after["macs"] <= 0.7 * whole
+    with pytest.raises(TargetError, match="macs"):
+        morph.prune(model, x, target_macs=0.05 * whole, normalise="macs")
+
+
+def test_whole_groups_are_cut_where_data_was_recorded():
+    """A run with data has the means of each group as a second output, which a run of shapes leaves out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 4, 3)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    analysis = analyse(model, x, with_data=True)
+    groups = next(c for c in analysis.couplings.values() if c.units == 8)
+    removed = pruning.Remover(model, x, analysis).remove({groups.name: np.array([1, 4, 6])})
+    assert removed.left == ()
+    assert removed.model[1].num_groups == 5
+    assert pruning.check_cut(removed, model, x, analysis).relative < 1e-12

@@ -18,7 +18,7 @@ from morph.search_budget import Flat, Meter, check_budget, close_in_order
 from morph.search_loop import Search
 from morph.search_options import SearchOptions
 from morph.search_progress import Keep
-from morph.search_schedule import distances, learning_rate, needed_lambda2, order_of_closing
+from morph.search_schedule import distances, floor_of, last_gates, learning_rate, needed_lambda2, order_of_closing
 
 X, Y = samples(48)
 FLAT = Flat({"gate": 5, "middle": 11})
@@ -108,7 +108,9 @@ def test_the_needed_penalty_closes_what_it_must_in_time():
     meter = Meter(CountedNet(), FLAT, "macs")
     alpha = FLAT.join(alphas(net))
     far = distances(torch.ones(16), alpha)
-    value = needed_lambda2(meter, torch.zeros(16, dtype=torch.bool), far, 40, lr=0.01, momentum=0.9, steps=500)
+    nothing = torch.zeros(16, dtype=torch.bool)
+    value, spares = needed_lambda2(meter, nothing, far, nothing, 40, lr=0.01, momentum=0.9, steps=500)
+    assert spares
     apg = APG(net.gates(), 0.01, value, alphas(net), clamp=True)
     step = 0
     while meter.size(FLAT.join(apg.closed())) > 40:
@@ -117,6 +119,63 @@ def test_the_needed_penalty_closes_what_it_must_in_time():
             gate.weight.grad = torch.zeros_like(gate.weight)
         apg.step()
     assert 495 <= step <= 515
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_site_is_emptied_before_every_site_is_down_to_its_last_tenth(seed):
+    """Closed in this order, each site keeps its floor until all have reached it; the obvious loop agrees."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (6,), generator=draw).tolist()
+    far = torch.randint(0, 9, (sum(lengths),), generator=draw) / 8  # many equal ones
+    sites = torch.arange(6).repeat_interleave(torch.tensor(lengths))
+    last = last_gates(far, lengths)
+    wanted, rest = [], []
+    for site, gates in enumerate(lengths):
+        own = sorted((float(far[i]), i) for i in torch.nonzero(sites == site)[:, 0].tolist())
+        wanted += own[: gates - max(1, round(gates / 10))]
+        rest += own[gates - max(1, round(gates / 10)) :]
+    assert order_of_closing(far, last).tolist() == [i for d, i in sorted(wanted) + sorted(rest) if d > 0]
+    assert [int(last[sites == site].sum()) for site in range(6)] == [floor_of(gates) for gates in lengths]
+
+
+def short(rounds: int, target: int) -> Search:
+    """The costly gates come first: 5 in front of the first layer, then 11; ``a b + 3 b`` multiply-adds are left."""
+    options = dataclasses.replace(FAST, lambda2=1e-6, epochs=rounds, batch_size=8, count_every=1, lr=1e-4)
+    run = search(options, target=target)
+    run.alpha = torch.tensor([1.0] * 5 + [0.1] * 11)
+    run._weigh(None)
+    return run
+
+
+def left(run: Search) -> dict[str, int]:
+    found = run.run()
+    assert run.meter.size(found.closed) <= run.target
+    return {name: int((~mask).sum()) for name, mask in by_name(found).items()}
+
+
+@pytest.mark.parametrize("rounds", [1, 8])
+def test_in_a_short_search_no_layer_is_emptied(rounds, monkeypatch):
+    assert left(short(rounds, 14)) == {"gate": 1, "middle": 3}
+    monkeypatch.setattr("morph.search_loop.last_gates", lambda far, _: torch.zeros(len(far), dtype=torch.bool))
+    assert left(short(rounds, 14))["gate"] == 0
+
+
+def test_a_raised_penalty_spares_the_last_gates_of_a_layer(monkeypatch):
+    """They bear what the penalty was at first; without that the steep one takes them along."""
+    run = short(8, 14)
+    assert left(run)["gate"] == 1
+    assert run.found.forced < int(run.found.closed.sum())  # the penalty itself closed some
+    shares = torch.cat([run.apg.state[gate]["alpha"] for gate in run.apg.named().values()]) / run.alpha
+    assert sorted({*shares.tolist()})[-1] == 1.0
+    assert int((shares < 1e-3).sum()) == 2
+    unspared = short(8, 14)
+    monkeypatch.setattr(unspared, "_weigh", lambda _: None)
+    assert left(unspared)["gate"] == 0
+
+
+def test_what_cannot_be_met_otherwise_empties_a_layer_and_says_so():
+    run = search(dataclasses.replace(FAST, lambda2=1e-6, epochs=1, lr=1e-4), target=3)
+    assert min(left(run).values()) == 0
 
 
 @pytest.mark.parametrize("kind", ["tensors", "loader", "list"])
@@ -251,7 +310,8 @@ def test_as_few_gates_are_closed_in_order_as_will_do():
 def test_distances_and_rates():
     far = distances(torch.tensor([1.0, -0.5, 0.0, 1.0]), torch.tensor([0.5, 1.0, 1.0, 0.0]))
     assert far.tolist() == [2.0, 0.5, 0.0, float("inf")]
-    assert order_of_closing(far).tolist() == [1, 0, 3]
+    assert order_of_closing(far, torch.zeros(4, dtype=torch.bool)).tolist() == [1, 0, 3]
+    assert order_of_closing(far, torch.tensor([False, True, True, False])).tolist() == [0, 3, 1]
     rates = [learning_rate(0.1, step, 300) for step in (0, 149, 150, 254, 255, 299)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 

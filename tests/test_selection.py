@@ -346,3 +346,18 @@ def test_targets_in_reach_are_met(case, share, metric):
     assert getattr(cost(choice), metric) <= target
     with pytest.raises(TargetError, match="is out of reach: at least"):
         choose_units(couplings, scores, cost, **{f"target_{metric}": least - 1}, **options)
+
+
+def test_a_target_between_two_equal_shares_is_met_to_the_unit():
+    """Couplings of one size would otherwise all lose their next unit together."""
+    found = [coupling(f"c{i}", 8) for i in range(5)]
+    scores = {c.name: torch.arange(8.0) for c in found}
+
+    def cost(choice):
+        return Cost(1000 - sum(len(units) for units in choice.values()), 0)
+
+    for gone in (0, 1, 7, 10, 18, 35):
+        choice = choose_units(found, scores, cost, target_params=1000 - gone, ranking="local")
+        counts = [len(choice.get(c.name, ())) for c in found]
+        assert sum(counts) == gone
+        assert max(counts) - min(counts) <= 1

@@ -177,6 +177,13 @@ def test_a_penalty_that_would_close_everything_keeps_a_network():
     assert found.record.after["params"] <= 250
     assert found.model(X).shape == (24, 10)
     assert found.record.details["kept"] or found.record.details["layers_gone"]
+    sites = {site["name"]: site["gates"] for site in found.record.details["sites"]}
+    closed = sum(site["closed"] for site in found.record.details["sites"])
+    assert closed == found.record.details["gates_total"] - found.record.details["gates_open"]
+    assert found.record.details["thin"]
+    assert all(
+        t["gates"] == sites[t["site"]] and t["open"] < max(1, t["gates"] / 10) for t in found.record.details["thin"]
+    )
 
 
 @pytest.mark.parametrize(

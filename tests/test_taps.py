@@ -165,6 +165,21 @@ def test_no_more_is_computed_than_needed():
     assert counts == {"first": 1, "norm": 1, "relu": 1, "twice": 2, "side": 1, "drop": 1, "heads.0": 1}
 
 
+def test_a_pass_that_ends_early_moves_nothing_behind_its_end():
+    net, _ = pair()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
+    for names in ("first", ["first", "mul"]):
+        torch.manual_seed(0)
+        morph.tap(net, names).features(x)
+    draw = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(draw, torch.rand(1))  # neither dropout drew
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}  # by "mul"
+    assert net.norm.num_batches_tracked == 1
+
+
 def test_functions_keep_the_branch_that_writes_in_place():
     class Writes(nn.Module):
         def __init__(self):

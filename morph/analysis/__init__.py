@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,8 +201,8 @@ def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
     )
 
 
-def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
-    """Parameters and multiply-adds when each label is there ``times`` times."""
+def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) -> Sizes:
+    """Parameters and multiply-adds when each label is there ``times`` times and the tensors ``gone`` are not at all."""
     state = analysis.state
     lengths: dict[int, int] = {}
 
@@ -210,12 +210,16 @@ def count_sizes(analysis: Analysis, times: Labels) -> Sizes:
         return [length_of(labels, times, lengths) for labels in state.tag(value).axes]
 
     params = sum(
-        math.prod(new(value)) for name, value in analysis.recording.sources.items() if name in analysis.parameters
+        math.prod(new(value))
+        for name, value in analysis.recording.sources.items()
+        if name in analysis.parameters and name not in gone
     )
     macs = 0
     for entry in state.sums:
         call = analysis.recording.calls[entry.call]
         if len(entry.operands) < 2 or entry.call >= analysis.recording.evaluated or not isinstance(call.output, Value):
+            continue
+        if f"{call.module}.weight" in gone:
             continue
         weight, axis = entry.operands[1]
         if "convolution" in operator_name(call.target):

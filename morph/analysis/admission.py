@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.analysis.recording import Inputs, arguments_of, named_modules, tensors_of
 from morph.errors import TraceError
 
 
@@ -20,7 +20,7 @@ def admit(model: Any, inputs: Inputs) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"a model is a torch.nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if reason := _obstacle(module):
             raise TraceError(f"{path or 'the model'} ({type(module).__name__}) {reason}")
     first = next(iter(tensors_of(arguments_of(inputs))), None)

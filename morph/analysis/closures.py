@@ -235,7 +235,7 @@ class _Closure:
     def _choose(self, factors: tuple[int, ...], number: int, gone: set[int]) -> int:
         """Which factor goes when a whole had to: one all of whose wholes are gone, else the innermost that can go."""
         for k, factor in enumerate(factors):
-            if factor and all(w in gone for w in self.of_factor[number][k][factor]):
+            if factor and gone.issuperset(self.of_factor[number][k][factor]):
                 return factor
         return next((f for f in reversed(factors) if f), 0)
 

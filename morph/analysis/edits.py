@@ -8,7 +8,7 @@ import numpy as np
 
 from morph.analysis.atoms import Labels
 from morph.analysis.propagation import Propagation
-from morph.plan import Plan, Reroute, Resize
+from morph.plan import DropBranch, Plan, Reroute, Resize
 
 
 def times_of(state: Propagation, edits: Sequence[Resize]) -> Labels:
@@ -61,7 +61,7 @@ def drops(edits: Sequence[Resize]) -> bool:
 def closes_gates(plan: Plan) -> bool:
     """Whether a plan takes gates out: readers read parts of what they read, or their weights are scaled in place."""
     return any(
-        isinstance(edit, Reroute)
+        isinstance(edit, Reroute | DropBranch)
         or (isinstance(edit, Resize) and bool(edit.scale) and len(set(edit.index)) == len(edit.index))
         for edit in plan.edits
     )

@@ -150,16 +150,17 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``model.named_modules()`` gives, without a generator in every generator."""
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules`` gives, without a generator in every generator."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     todo: list[tuple[str, nn.Module]] = [("", model)]
     while todo:
         path, module = todo.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+        if remove_duplicate:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
         found.append((path, module))
         children = module._modules
         if children:

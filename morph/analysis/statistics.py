@@ -77,7 +77,7 @@ def _(
     pixels: int,
     groups: int,
     eps: float,
-) -> Tag:
+) -> list[Tag]:
     tag = op.tag(x)
     for axis in tag.axes[2:]:
         op.freeze(axis, "a statistic over space")
@@ -85,7 +85,10 @@ def _(
     parts = op.reshape(Tag((tag.axes[1],)), (groups, channels // groups))
     op.groups[op.number] = parts.axes[0]
     op.statistic(x, [1], [parts.axes[1]])
-    return Tag((*tag.axes[:2], *(np.zeros(k, np.int64) for k in x.shape[2:])))
+    normed = Tag((*tag.axes[:2], *(np.zeros(k, np.int64) for k in x.shape[2:])))
+    numbers = Tag((tag.axes[0], parts.axes[0]))  # mean and deviation of each group, [N, groups]
+    none = Tag((np.zeros(0, np.int64),))  # where shapes alone are run, nobody asks for them
+    return [normed, *(numbers if shape == (n, groups) else none for shape in op.shapes[1:])]
 
 
 @on(aten._weight_norm_interface)

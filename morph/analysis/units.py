@@ -52,6 +52,11 @@ class Units:
         table[self.atom] = self.unit
         return table
 
+    @functools.cached_property
+    def _starts(self) -> Labels:
+        """For each label where its pairs begin, and two ends behind the last label."""
+        return np.searchsorted(self.atom, np.arange(int(self.atom.max(initial=0)) + 3))
+
     def on(self, roots: Labels) -> tuple[Labels, Labels]:
         """Every pair of a unit and a position that it holds, on an axis with these final labels.
 
@@ -62,9 +67,9 @@ class Units:
             unit = self._only[np.minimum(roots, len(self._only) - 1)]
             positions = np.flatnonzero(unit >= 0)
             return unit[positions], positions
-        first = np.searchsorted(self.atom, roots, "left")
-        last = np.searchsorted(self.atom, roots, "right")
-        times = np.where(roots == 0, 0, last - first)
+        known = np.minimum(roots, len(self._starts) - 2)
+        first = self._starts[known]
+        times = np.where(roots == 0, 0, self._starts[known + 1] - first)
         positions = np.repeat(np.arange(len(roots)), times)
         starts = np.repeat(first - np.concatenate([[0], np.cumsum(times)[:-1]]), times)
         return self.unit[starts + np.arange(len(positions))], positions

@@ -27,7 +27,14 @@ _VALUES = ("torch.nn.modules", "torchvision.ops", "timm.layers")
 _REFUSED = ("torchvision.models.feature_extraction", "timm.models._features_fx", "torch.nn.modules.lazy")
 _NEVER = ("torch.fx", "torch.jit", "torch.package", "torch._dynamo", "torch._C.ScriptModule")
 NETWORKS = ("morph.files.network.GraphNetwork", "morph.files.network.SingleInputGraphNetwork")
-OWN = (*NETWORKS, "morph.attention.FreeMultiheadAttention")
+OWN = (
+    *NETWORKS,
+    "morph.attention.FreeMultiheadAttention",
+    "morph.label_heads.MultiChannelHead",
+    "morph.label_heads.VotingHead",
+    "morph.window_attention.FreeShiftedWindowAttention",
+    "morph.window_attention.FreeShiftedWindowAttentionV2",
+)
 CONTAINER = "torch.nn.modules.module.Module"
 
 _FUNCTIONS = {
@@ -52,6 +59,7 @@ _FUNCTIONS = {
         pow sub truediv""",
     "math": "ceil floor sqrt log prod",
     "torchvision.ops": "stochastic_depth drop_block2d",
+    "morph.window_attention": "free_shifted_window_attention",
     "torchvision.models.swin_transformer": "shifted_window_attention _get_relative_position_bias _patch_merging_pad",
     "torchvision.models.googlenet": "GoogLeNetOutputs",
     "torchvision.models.inception": "InceptionOutputs",

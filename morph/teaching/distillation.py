@@ -5,18 +5,14 @@ Sources: those of `morph.teaching.losses` and `morph.teaching.feature_losses`.
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
-from morph.teaching.adapters import Bridge
-from morph.teaching.losses import OutputLoss
+from morph.teaching.frozen import WithTeacher, check_outputs
 from morph.teaching.objective import (
     AUXILIARY_WEIGHT,
     Step,
@@ -25,59 +21,27 @@ from morph.teaching.objective import (
     labels_of,
     logits_and_heads,
 )
-from morph.teaching.pairing import Pairs, check_pairs, propose_pairs
-from morph.teaching.taps import tap
-from morph.tracing import try_inputs
+from morph.teaching.pairing import Pairs
+from morph.teaching.taps import Taps, tap
+from morph.teaching.terms import Channels as Channels
+from morph.teaching.terms import Features as Features
+from morph.teaching.terms import Outputs as Outputs
+from morph.teaching.terms import Term as Term
+from morph.teaching.terms import bridges_of, loss_of_pairs, named_terms, pairs_of, widened, with_taps
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """A term of a distillation: a loss between outputs.
-
-    Attributes:
-        loss: As those of `morph.teaching.losses`.
-        weight: 0 or above.
-        name: What the part is called; by default after the loss.
-    """
-
-    loss: nn.Module
-    weight: float = 1.0
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Features:
-    """A term of a distillation: a loss between feature maps, summed over pairs of layers.
-
-    Attributes:
-        loss: As those of `morph.teaching.feature_losses`: ``(student_map, teacher_map)`` to a scalar. Unless it says
-            ``channels_must_agree = False``, the student's map gets the teacher's channels and size by an adapter.
-        pairs: ``(tap of the teacher, tap of the student)``; None for those that `propose_pairs` finds.
-        weight: 0 or above.
-        name: What the part is called; by default after the loss.
-        number: How many pairs are proposed at most.
-    """
-
-    loss: nn.Module
-    pairs: Sequence[tuple[str, str]] | Pairs | None = None
-    weight: float = 1.0
-    name: str | None = None
-    number: int = 3
-
-
-Term = Outputs | Features
-
-
-class Distillation(nn.Module):
+class Distillation(WithTeacher):
     """A student, a frozen teacher, and what the one shall learn from the other.
 
     Called with a batch it gives a `morph.teaching.objective.Step`. Each network runs once for a batch; the teacher, in
-    evaluation mode and without gradients, not at all where its outputs are given. The student is trained as it is, its
-    own class and parameters; adapters between layers are parameters of this module. The teacher is a copy that moves
-    along with this module, but is neither among its parameters nor in its state.
+    evaluation mode and without gradients, no further than what is asked of it, and not at all where that is known
+    already. The student is trained as it is, its own class and parameters; adapters between layers are parameters of
+    this module. The teacher is a copy that moves along with this module, but is neither among its parameters nor in its
+    state.
 
     Args:
-        student: Trained in place. A student with auxiliary heads (`Labels`) pays for them too, with the labels.
+        student: Trained in place. A student with auxiliary heads (see `morph.teaching.objective.Labels`) pays for them
+            too, with the labels.
         teacher: Not touched.
         terms: What is summed; a loss alone stands for `Outputs` of it.
         example_inputs: One batch, or a tuple of arguments, that both accept; needed where features are taught. With
@@ -87,8 +51,9 @@ class Distillation(nn.Module):
     Attributes:
         student: The module to validate and save.
         teacher: The frozen copy.
-        adapters: What is learned beside the student; has nothing in it where no adapter is needed.
-        pairs: The pairs of each term on features, by the name of the term; print them.
+        terms: By the names of their parts.
+        adapters: What is learned beside the student.
+        pairs: The pairs of each term on features, by its name; print them.
 
     Raises:
         TeachingError: If teacher and student do not fit together, or a number is out of its range.
@@ -115,180 +80,89 @@ class Distillation(nn.Module):
         example_inputs: Any = None,
         auxiliary_weight: float = AUXILIARY_WEIGHT,
     ) -> None:
-        super().__init__()
         check_weight("the auxiliary heads", auxiliary_weight)
+        super().__init__(teacher)
+        self.terms = {name: with_taps(term, self.teacher, student) for name, term in named_terms(terms).items()}
         self.student, self.auxiliary_weight = student, auxiliary_weight
-        self._teacher = (frozen(teacher),)  # in a tuple: not a part of this module
-        self.terms = _named(terms)
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
+        compared = any(isinstance(term, Outputs) and term.needs_teacher for term in self.terms.values())
+        if example_inputs is not None:
+            check_outputs(self.teacher, student, example_inputs, compared=compared)
+        self.needs_teacher_logits = compared
         self.pairs: dict[str, Pairs] = {}
         self.adapters = nn.ModuleDict()
-        if example_inputs is not None:
-            _check_outputs(self.teacher, student, self.terms, example_inputs)
         for name, term in self.terms.items():
             if isinstance(term, Features):
                 self.pairs[name] = pairs_of(term, self.teacher, student, example_inputs)
-                project = getattr(term.loss, "channels_must_agree", True)
-                self.adapters[name] = nn.ModuleList(pair.bridge(project=project) for pair in self.pairs[name])
-        self.adapters.to(_device_of(student))
+                self.adapters[name] = bridges_of(self.pairs[name], student)
         pairs = [pair for found in self.pairs.values() for pair in found]
-        self._taps = [
-            tap(model, list(dict.fromkeys(names))) if names else None
-            for model, names in (
-                (self.teacher, [pair.teacher for pair in pairs]),
-                (student, [pair.student for pair in pairs]),
-            )
-        ]
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen copy of the teacher."""
-        return self._teacher[0]
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        """Whether a term looks at the teacher's outputs."""
-        return any(isinstance(t, Outputs) and getattr(t.loss, "needs_teacher", True) for t in self.terms.values())
+        channels = [term for term in self.terms.values() if isinstance(term, Channels)]
+        self._ours = _taps(
+            student, [pair.student for pair in pairs] + [term.student for term in channels if term.student]
+        )
+        theirs = [pair.teacher for pair in pairs]
+        self._theirs = _taps(self.teacher, theirs)
+        self._theirs_with_bits = _taps(self.teacher, theirs + [term.teacher for term in channels if term.teacher])
 
     def forward(self, x: Any, y: Tensor | Sequence[Any], teacher_logits: Tensor | None = None) -> Step:
         """The loss of one batch.
 
         Args:
             x: Input of both networks.
-            y: Labels ``[N]``, or a sequence that begins with them.
-            teacher_logits: The teacher's outputs ``[N, C]`` for this very input, if they are known already.
+            y: Labels ``[N]``, or a sequence of them and what is known of the teacher for this very input: its logits
+                ``[N, C]``, of floating point, or the bits of its labels ``[N, classes * channels]``, of whole numbers
+                or truth values.
+            teacher_logits: The teacher's logits, if they are known and not in ``y``.
 
         Raises:
             TeachingError: If the outputs do not fit together.
         """
-        labels = labels_of(y)
-        wanted, theirs = self._teach(x, teacher_logits)
-        taps = self._taps[1]
-        output, ours = taps(x) if taps is not None else (self.student(x), {})
+        labels, bits = labels_of(y), None
+        for known in () if isinstance(y, Tensor) else y[1:]:
+            if known.is_floating_point():
+                teacher_logits = known
+            else:
+                bits = known
+        wanted, theirs = self._teach(x, teacher_logits, bits is not None)
+        output, ours = (self.student(x), {}) if self._ours is None else self._ours(x)
         logits, heads = logits_and_heads(output)
-        wide = _wide(logits)
         losses = {}
         for name, term in self.terms.items():
             if isinstance(term, Outputs):
-                losses[name] = term.loss(wide, wanted, labels)
+                losses[name] = term.loss(widened(logits), wanted, labels)
+            elif isinstance(term, Channels):
+                assert term.student is not None
+                goal = term.bits(theirs[term.teacher]) if bits is None and term.teacher else bits
+                losses[name] = term.loss(widened(ours[term.student]).flatten(1), _known(goal), labels)
             else:
-                losses[name] = self._of_pairs(name, term, ours, theirs)
+                losses[name] = loss_of_pairs(term, self.pairs[name], self.adapters[name], ours, theirs)
         loss = torch.stack([term.weight * losses[name] for name, term in self.terms.items()]).sum()
         if heads and self.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(heads, labels)
             loss = loss + self.auxiliary_weight * losses["auxiliary"]
         return Step(loss, {name: value.detach() for name, value in losses.items()}, logits)
 
-    def _teach(self, x: Any, logits: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _teach(self, x: Any, logits: Tensor | None, bits: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The teacher's logits and features, as far as they are needed."""
-        taps, output = self._taps[0], None
+        taps = self._theirs if bits else self._theirs_with_bits
         features: dict[str, Tensor] = {}
         with torch.no_grad():
             if self.needs_teacher_logits and logits is None:
-                output, features = taps(x) if taps is not None else (self.teacher(x), {})
+                output, features = (self.teacher(x), {}) if taps is None else taps(x)
                 logits, _ = logits_and_heads(output)
             elif taps is not None:
                 features = taps.features(x)
-        return None if logits is None else _wide(logits), features
-
-    def _of_pairs(self, name: str, term: Features, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
-        """A term on features: its sum over the pairs."""
-        bridges = self.adapters[name]
-        assert isinstance(bridges, nn.ModuleList)
-        return sum_of_pairs(term.loss, self.pairs[name], bridges, ours, theirs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Whatever moves this module moves the teacher too."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.teacher._apply(fn, recurse)
-        return self
+        return None if logits is None else widened(logits), features
 
 
-def frozen(teacher: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, none of whose parameters is trained."""
-    return copy.deepcopy(teacher).eval().requires_grad_(False)
+def _taps(model: nn.Module, names: Sequence[str]) -> Taps | None:
+    """Taps on the model, if there is anything to tap."""
+    return tap(model, list(dict.fromkeys(names))) if names else None
 
 
-def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inputs: Any) -> Pairs:
-    """The pairs of a term: the user's, checked, or those that are proposed.
-
-    Raises:
-        TeachingError: If there are no example inputs, or the pairs cannot be.
-        TapError, TraceError: As elsewhere.
-    """
-    if isinstance(term.pairs, Pairs):
-        return term.pairs
-    if example_inputs is None:
-        raise TeachingError("features are taught, so give example_inputs: one batch, for the shapes of the layers")
-    if term.pairs is None:
-        return propose_pairs(teacher, student, example_inputs, term.number)
-    return check_pairs(teacher, student, term.pairs, example_inputs)
-
-
-def sum_of_pairs(
-    loss: nn.Module, pairs: Pairs, bridges: nn.ModuleList, ours: dict[str, Tensor], theirs: dict[str, Tensor]
-) -> Tensor:
-    """A loss on features, summed over pairs of layers; half-precision features are widened first."""
-    found = []
-    for pair, bridge in zip(pairs, bridges, strict=True):
-        assert isinstance(bridge, Bridge)
-        student, teacher = bridge(ours[pair.student], theirs[pair.teacher])
-        found.append(loss(_wide(student), _wide(teacher)))
-    return torch.stack(found).sum()
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Half-precision values in float32: squares of activations overflow float16."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _named(terms: Sequence[Term | nn.Module]) -> dict[str, Term]:
-    """Terms by the names of their parts."""
-    found: dict[str, Term] = {}
-    for given in terms:
-        term = Outputs(given) if isinstance(given, nn.Module) else given
-        base = term.name or _snake(type(term.loss).__name__)
-        check_weight(base, term.weight)
-        if isinstance(term, Outputs) and hasattr(term.loss, "channels_must_agree"):
-            raise TeachingError(f"{type(term.loss).__name__} is a loss on features; wrap it in Features(loss, pairs)")
-        if isinstance(term, Features) and isinstance(term.loss, OutputLoss):
-            raise TeachingError(f"{type(term.loss).__name__} is a loss on outputs; wrap it in Outputs(loss)")
-        name, number = base, 2
-        while name in found:
-            name, number = f"{base}_{number}", number + 1
-        found[name] = term
-    if not found:
-        raise TeachingError("a distillation of no terms; give one or more losses, or train with Labels(student)")
-    return found
-
-
-def _snake(name: str) -> str:
-    """``SoftLabels`` to ``soft_labels``."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-def _check_outputs(teacher: nn.Module, student: nn.Module, terms: dict[str, Term], example_inputs: Any) -> None:
-    """See that both accept the inputs, and that those losses that compare outputs are given the same classes."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    twin = copy.deepcopy(student).eval()
-    shapes = []
-    for whose, model in (("teacher", teacher), ("student", twin)):
-        try_inputs(model, inputs)
-        with torch.no_grad():
-            logits, _ = logits_and_heads(model(*inputs))
-        if logits.dim() != 2:
-            raise TeachingError(
-                f"the {whose} gives outputs of shape {tuple(logits.shape)}; expected logits [N, classes]"
-            )
-        shapes.append(logits.shape)
-    compares = any(isinstance(t, Outputs) and getattr(t.loss, "needs_teacher", True) for t in terms.values())
-    if compares and shapes[0] != shapes[1]:
+def _known(bits: Tensor | None) -> Tensor:
+    if bits is None:
         raise TeachingError(
-            f"the teacher has {shapes[0][1]} classes, the student {shapes[1][1]}; both must have the same: give one of "
-            "them another head (morph.swap_head)"
+            "there are no bits to learn: give y as (labels, bits), or name the teacher's tap in Channels(teacher=...)"
         )
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    found = next(module.parameters(), None)
-    return found.device if found is not None else torch.device("cpu")
+    return bits

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from morph.errors import TapError
+from morph.search_checkpoint import random_states, set_random_states
 from morph.teaching.capture import Enough, Kept, Memory, Tapped, Wanted, numbered, tensor_of
 
 Flags = tuple[bool, ...]
@@ -35,11 +38,13 @@ class ModuleTaps:
         Args:
             args: Positional arguments of the model.
             kwargs: Named ones.
-            to_the_end: Whether the output is needed. If not, the pass ends after the last tapped call; the first pass
-                goes to the end, for it finds out how often each module is called.
+            to_the_end: Whether the output is needed. If not, the pass ends after the last tapped call. How often each
+                module is called is found out by running a copy, once for each set of training flags.
         """
         flags = tuple(module.training for module in self.model.modules())
-        counts = None if to_the_end else self.counts.get(flags)
+        if not to_the_end and flags not in self.counts:
+            self._rehearse(flags, args, kwargs)
+        counts = None if to_the_end else self.counts[flags]
         watch = _Watch(self.memory, flags, counts)
         handles = []
         output = None
@@ -57,6 +62,17 @@ class ModuleTaps:
         if counts is None:
             self.counts[flags] = {path: len(watch.kept[path]) for path in watch.kept}
         return Tapped(output, self._features(watch, self.counts[flags] if counts is None else counts))
+
+    def _rehearse(self, flags: Flags, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count calls with a copy, so that a pass which ends early moves nothing behind its end."""
+        twin = ModuleTaps(copy.deepcopy(self.model), self.wanted, self.optional)
+        states = random_states()
+        try:
+            with torch.no_grad():
+                twin.run(args, kwargs, to_the_end=True)
+        finally:
+            set_random_states(states)
+        self.counts[flags] = twin.counts[flags]
 
     def _features(self, watch: _Watch, counts: dict[str, int]) -> dict[str, Tensor]:
         found = {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
@@ -31,6 +30,7 @@ class Pair:
         teacher_shape: What it gives for the example inputs.
         student_shape: Likewise.
         aspect: Height of the images over their width.
+        project: Whether the student's channels become those of the teacher; not needed where attention is compared.
     """
 
     teacher: str
@@ -38,17 +38,18 @@ class Pair:
     teacher_shape: tuple[int, ...]
     student_shape: tuple[int, ...]
     aspect: float = 1.0
+    project: bool = True
 
     @property
     def layouts(self) -> tuple[Layout, Layout]:
         """Those of student and teacher."""
         return layout_of(self.student_shape, self.aspect), layout_of(self.teacher_shape, self.aspect)
 
-    def bridge(self, *, project: bool = True) -> Bridge:
-        """A new bridge between them; see `morph.teaching.adapters.Bridge`."""
+    def bridge(self, *, project: bool | None = None) -> Bridge:
+        """A new bridge between them, by default as ``project`` says; see `morph.teaching.adapters.Bridge`."""
         student, teacher = self.layouts
         try:
-            return Bridge(student, teacher, project=project)
+            return Bridge(student, teacher, project=self.project if project is None else project)
         except TeachingError as error:
             raise TeachingError(f"the pair {self.teacher} (teacher), {self.student} (student): {error}") from error
 
@@ -85,6 +86,7 @@ def propose_pairs(teacher: nn.Module, student: nn.Module, example_inputs: Any, n
         TraceError: If a network does not accept the inputs.
 
     Example:
+        >>> import torch
         >>> from morph.zoo import build
         >>> print(propose_pairs(build("wrn-16-2"), build("darts-10"), torch.zeros(1, 3, 32, 32)))
         teacher             student             bridge
@@ -179,7 +181,6 @@ def _calls(model: nn.Module, example_inputs: Any) -> _Call:
     """Run a copy of the model once in evaluation mode and write down who called whom, in order."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     twin = copy.deepcopy(model).eval()
-    try_inputs(twin, inputs)
     paths = {module: path for path, module in twin.named_modules()}
     stack: list[list[_Call]] = [[]]
     counts: dict[str, int] = {}
@@ -198,8 +199,7 @@ def _calls(model: nn.Module, example_inputs: Any) -> _Call:
     for module in twin.modules():
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-    with torch.no_grad():
-        twin(*inputs)
+    try_inputs(twin, inputs)
     root = stack[0][0]
     for call in root.all():
         path, _, _ = call.name.rpartition("#")

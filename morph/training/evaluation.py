@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from morph.errors import DataError, TrainingError
 from morph.search_data import check_classes
-from morph.teaching.objective import logits_and_heads
+from morph.teaching.objective import labels_of, logits_and_heads
 from morph.tracing import evaluation, try_inputs
-from morph.training.rounds import Batch, fine_type, labels_of, moved, picked, round_in_order
+from morph.training.rounds import Batch, fine_type, moved, picked, round_in_order
 
 
 @dataclass(frozen=True)

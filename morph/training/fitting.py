@@ -32,6 +32,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every: int | None = None,
     log: Path | None = None,
+    log_prefix: str = "",
     identity: Mapping[str, Any] | None = None,
     on_progress: Callable[[FitProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -56,6 +57,7 @@ def fit(
             weights that it would have ended with, to the bit on a CPU with the same number of threads.
         checkpoint_every: Steps between two writings of it, beside those at the end of each round through the data.
         log: A ``.csv`` file for the history.
+        log_prefix: In front of the names of what the loggers of ``fabric`` get, where several runs share them.
         identity: What else a checkpoint must share with this run, such as the numbers of a loss; plain values.
         on_progress: Told every some steps and at the end of each round.
         should_stop: Asked after every step; if it says so, the state is written and KeyboardInterrupt raised.
@@ -100,7 +102,7 @@ def fit(
             facts = runner.broadcast(facts)  # the first process's weights count
             keep = Keep(checkpoint, checkpoint_every, facts)
         with _borrowed(objective, numbers.channels_last):
-            run = Run(objective, data, validation, numbers, runner, keep, _logging(log))
+            run = Run(objective, data, validation, numbers, runner, keep, _logging(log), log_prefix)
             if keep is not None and keep.path.exists():
                 run.resume()
             return run.run(on_progress, should_stop, pause_after)

@@ -21,10 +21,11 @@ from morph.batches import round_length
 from morph.errors import DataError, MorphError, TrainingError, TrainingStateError
 from morph.search_checkpoint import Kind, load, random_states, save, set_random_states
 from morph.search_progress import Keep
+from morph.teaching.objective import labels_of
 from morph.training.evaluation import Scores, score
 from morph.training.options import FitOptions
 from morph.training.progress import FitProgress, Fitted
-from morph.training.rounds import Batch, fine_type, labels_of, moved, parts, seeded_round, share
+from morph.training.rounds import Batch, fine_type, moved, parts, seeded_round, share
 
 STATE = Kind("training run", 1, TrainingStateError)
 
@@ -43,6 +44,7 @@ class Run:
         fabric: Runs it.
         keep: Where its state is kept, and how often; None for nowhere.
         on_round: Given the history after each round, after the state was saved, and when a run is taken up.
+        log_prefix: In front of the names of what the loggers of ``fabric`` get.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Run:
         fabric: Fabric,
         keep: Keep | None = None,
         on_round: Callable[[Fitted], None] | None = None,
+        log_prefix: str = "",
     ) -> None:
         self.data, self.validation, self.options = data, validation, options
         self.fabric, self.keep, self.on_round = fabric, keep, on_round
+        self.log_prefix = log_prefix
         self.length = round_length(data, options.batch_size)
         self.steps = options.epochs * self.length
         if options.channels_last:
@@ -156,9 +160,11 @@ class Run:
         """Add a batch to the sums of the round, which stay on the device."""
         if not weight:
             return
-        labels, logits = labels_of(batch[1]), step.logits.detach()
+        labels = labels_of(batch[1])
         number = len(labels)
-        found = {"loss": loss * number, "hits": (logits.argmax(1) == labels).sum()}
+        found = {"loss": loss * number}
+        if step.logits is not None:  # a stage of hints has none
+            found["hits"] = (step.logits.detach().argmax(1) == labels).sum()
         found |= {f"part_{name}": value.detach() * number for name, value in step.parts.items()}
         for name, value in found.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(self.fine)
@@ -187,7 +193,10 @@ class Run:
         means = {name: float(value / sums["number"]) for name, value in sums.items() if name != "number"}
         row: dict[str, Any] = {"epoch": epoch, "step": self.done.step}
         row |= {"lr": options.learning_rate(self.done.step - 1, self.length)}
-        row |= {"loss": means.pop("loss"), "top1": means.pop("hits")} | means
+        row["loss"] = means.pop("loss")
+        if "hits" in means:
+            row["top1"] = means.pop("hits")
+        row |= means
         if self.validation is not None and (epoch % options.validate_every == 0 or epoch == options.epochs):
             scores = self._validate()
             row |= {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
@@ -204,7 +213,8 @@ class Run:
         """Hand the history on after a round."""
         if row is None:
             return
-        self.fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=self.done.step)
+        values = {f"{self.log_prefix}{key}": value for key, value in row.items() if key != "step"}
+        self.fabric.log_dict(values, step=self.done.step)
         if self.on_round is not None and self.fabric.is_global_zero:
             self.on_round(self.done)
 

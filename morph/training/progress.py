@@ -38,8 +38,8 @@ class Fitted:
     Attributes:
         step: Steps done.
         history: A row for each round: ``epoch``, ``step``, ``lr``, ``loss`` and ``top1`` on the training batches as
-            they came, ``part_NAME`` for each term of the loss, ``seconds``, and after a validation ``val_loss``,
-            ``val_top1``, ``val_top5``.
+            they came (no ``top1`` where the student is not run to its end), ``part_NAME`` for each term of the loss,
+            ``seconds``, and after a validation ``val_loss``, ``val_top1``, ``val_top5``.
         best: The student's state_dict, on the CPU, after the round with the largest ``val_top1``, the first of equal
             ones; None without validation.
         best_epoch: That round.

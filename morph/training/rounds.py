@@ -22,11 +22,6 @@ Batch = tuple[Tensor, Targets]
 """Inputs ``[N, ...]`` and targets."""
 
 
-def labels_of(targets: Targets) -> Tensor:
-    """The labels among the targets, ``[N]``."""
-    return targets if isinstance(targets, Tensor) else targets[0]
-
-
 def fine_type(device: torch.device) -> torch.dtype:
     """The finest type for sums on a device."""
     return torch.float32 if device.type == "mps" else torch.float64

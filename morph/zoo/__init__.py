@@ -19,6 +19,11 @@ from torch import nn
 from morph.errors import ModelFileError
 from morph.zoo.darts import DARTS_V1, DARTS_V2, DartsNet, Genotype
 from morph.zoo.densenet import DenseNet
+from morph.zoo.nin import Nin
+from morph.zoo.resnet import ResNet
+from morph.zoo.shallow import ShallowNet
+from morph.zoo.small_images import NAMES, torchvision_32
+from morph.zoo.vgg import Mlp, Vgg
 from morph.zoo.wide_resnet import WideResNet
 
 SHAPE = (3, 32, 32)
@@ -84,6 +89,22 @@ MODELS: dict[str, Entry] = {
     "wrn-16-2": Entry(partial(WideResNet, 16, 2), SHAPE, "wide residual network, depth 16, width 2"),
     "wrn-28-2": Entry(partial(WideResNet, 28, 2), SHAPE, "wide residual network, depth 28, width 2"),
     "wrn-40-2": Entry(partial(WideResNet, 40, 2), SHAPE, "wide residual network, depth 40, width 2"),
+    **{f"resnet-{n}": Entry(partial(ResNet, n), SHAPE, f"residual network, depth {n}") for n in (20, 32, 44, 56, 110)},
+    "vgg-teacher": Entry(Vgg, SHAPE, "11 convolutions, 4 max-poolings, 3 dense layers"),
+    "vgg-teacher-bn": Entry(partial(Vgg, norm=True), SHAPE, "vgg-teacher with batch norm"),
+    "vgg-student": Entry(partial(Vgg, ((72,), (192,)), ()), SHAPE, "2 convolutions with max-pooling, 1 dense layer"),
+    "vgg-student-small": Entry(partial(Vgg, ((50,),), ()), SHAPE, "1 convolution with max-pooling, 1 dense layer"),
+    "mlp-3-512": Entry(partial(Mlp, 3, 512), SHAPE, "dense layers alone: 3 hidden ones of 512 units"),
+    "nin": Entry(Nin, SHAPE, "network in network"),
+    "shallow": Entry(ShallowNet, SHAPE, "1 convolution, linear bottleneck, 1 wide layer"),
+    "shallow-pool": Entry(partial(ShallowNet, pool=2), SHAPE, "shallow with 2x2 max-pooling"),
+    "shallow-small": Entry(partial(ShallowNet, 32, 64, 1024, pool=2), SHAPE, "shallow-pool with widths 32, 64, 1024"),
+    **{
+        f"torchvision-{name.replace('_', '-')}-32": Entry(
+            partial(torchvision_32, name), SHAPE, f"torchvision's {name}, adapted to 32x32 images"
+        )
+        for name in NAMES
+    },
 }
 
 _N = r"(\d{1,4})"
@@ -93,6 +114,15 @@ FAMILIES: tuple[Family, ...] = (
     Family("darts-CELLS[xCHANNELS]", rf"darts-{_N}(?:x{_N})?", partial(_darts, DARTS_V2), SHAPE, _DARTS_RULE),
     Family("darts-v1-CELLS[xCHANNELS]", rf"darts-v1-{_N}(?:x{_N})?", partial(_darts, DARTS_V1), SHAPE, _DARTS_RULE),
     Family("densenet-bc-DEPTH-GROWTH", rf"densenet-bc-{_N}-{_N}", DenseNet, SHAPE, "depth 10 or more"),
+    Family("resnet-DEPTH", rf"resnet-{_N}", ResNet, SHAPE, "depth 6n + 2, 8 or more"),
+    Family("mlp-LAYERS-WIDTH", rf"mlp-{_N}-{_N}", Mlp, SHAPE, "hidden layers, and units of each"),
+    Family(
+        "shallow-pool-CHANNELS-BOTTLENECK-HIDDEN",
+        rf"shallow-pool-{_N}-{_N}-(\d{{1,5}})",
+        partial(ShallowNet, pool=2),
+        SHAPE,
+        "widths of the convolution, the linear bottleneck and the wide layer",
+    ),
     Family("wrn-DEPTH-WIDTH", rf"wrn-{_N}-{_N}", WideResNet, SHAPE, "depth 6n + 4, 10 or more"),
 )
 
