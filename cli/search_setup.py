@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from morph.images import LabelledImages
     from morph.training.progress import FitProgress
 
+SAMPLE = ((3, 32, 32), 10)
+"""Shape and number of classes of the images inside, which are meant where neither data nor a teacher is named."""
 Tell = Callable[["FitProgress"], None]
 
 
@@ -109,6 +111,8 @@ def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
     fabric = fabric_from(args)
     opened = open_from(args, "teacher") if args.teacher else None
     shape, classes = expected_from(args, opened) if opened else (args.input, None)
+    if opened is None and args.data is None:
+        shape, classes = SAMPLE
     reading = argparse.Namespace(**{**vars(args), "validation": args.test, "hold_out": None})
     images, test = training_data(reading, input_shape=shape, num_classes=classes)
     assert test is not None

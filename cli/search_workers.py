@@ -12,6 +12,9 @@ from typing import Self
 
 from morph.cli import console
 
+START = (sys.executable, "-m", "morph.cli.main")
+"""What starts the command once more."""
+
 
 class Workers:
     """Starts all workers of ``--workers`` but this process itself, which is one too.
@@ -38,7 +41,7 @@ class Workers:
 
     def _start(self, worker: int, threads: int, cards: int) -> None:
         """Start one, on a card of its own where there are several."""
-        argv = [sys.executable, "-m", "morph.cli.main", *self.args.argv, "--workers", "1", "--join"]
+        argv = [*START, *self.args.argv, "--workers", "1", "--join"]
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if cards > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(worker % cards)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -181,6 +184,22 @@ def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path):
     assert plain(study.rows()) == before
     study.study.set_user_attr("after", 1)
     assert FamilyStudy(str(journal), SETTINGS).study.user_attrs["after"] == 1
+
+
+def test_a_lock_of_a_killed_process_does_not_stay(tmp_path):
+    code = "import sys, time\nfrom pathlib import Path\nfrom morph.family.storage import _Lock\n"
+    code += "_Lock(Path(sys.argv[1])).acquire()\nprint('held', flush=True)\ntime.sleep(60)"
+    journal = tmp_path / "study.journal"
+    process = subprocess.Popen([sys.executable, "-c", code, str(journal)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    opened = threading.Thread(target=FamilyStudy, args=(str(journal), SETTINGS))
+    opened.start()
+    opened.join(0.3)
+    assert opened.is_alive()
+    process.kill()
+    process.communicate()
+    opened.join(10)
+    assert not opened.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -72,9 +73,31 @@ def complete(rows, number=10):
     assert any(row.state == "complete" for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["database"])
-def test_two_workers_share_a_study_and_one_is_killed(tmp_path, kind):
-    where = str(tmp_path / "journal") if kind == "file" else f"sqlite:///{tmp_path}/study.db"
+SERVER = """
+import sys
+import optuna
+storage = optuna.storages.RDBStorage(sys.argv[1])
+optuna.storages.run_grpc_proxy_server(storage, host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture(params=["database", "server"])
+def where(request, tmp_path):
+    """A database, or Optuna's server in front of one."""
+    database = f"sqlite:///{tmp_path}/study.db"
+    if request.param == "database":
+        yield database
+        return
+    pytest.importorskip("grpc")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-c", SERVER, database, str(port)], stderr=subprocess.DEVNULL) as server:
+        yield f"grpc://127.0.0.1:{port}"
+        server.kill()
+
+
+def test_two_workers_share_a_study_and_one_is_killed(tmp_path, where):
     study = FamilyStudy(where, SHARED)
     doomed = start(tmp_path, where, pause=60)  # stands still after its first training, before it is written down
     assert doomed.stdout is not None

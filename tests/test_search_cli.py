@@ -132,6 +132,15 @@ def test_labels_alone_beside_a_search_with_a_teacher(capsys):
     assert not record["students"]
 
 
+def test_without_data_it_is_the_sample_inside(capsys):
+    arguments = [value for value in FAST if value not in ("--data", "data.npz")]
+    arguments += ["--limit", "48", "--students", "0", "--out", "out", "--json", "--budget-epochs", "1"]
+    code, out, _ = run(capsys, "--no-kd", *arguments)
+    assert code == 0
+    task = json.loads(out)["settings"]["task"]
+    assert (task["input_shape"], task["num_classes"]) == ([3, 32, 32], 10)
+
+
 def test_a_folder_with_a_test_part(capsys):
     from PIL import Image
 
@@ -204,6 +213,52 @@ def test_workers_search_together(capsys):
     assert len(record["trials"]) == 8
     assert all(row["state"] in ("complete", "stopped") for row in record["trials"])
     assert "the search is done: 8 configurations" in err
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_workers_are_started_and_may_die(capsys, monkeypatch, dies):
+    code = "import sys; sys.exit(7)" if dies else PATCHED
+    monkeypatch.setattr("morph.cli.search_workers.START", (sys.executable, "-c", code, str(Path(__file__).parent)))
+    arguments = ["--teacher", "teacher.pt", *FAST, "--students", "0", "--out", "out", "--workers", "2"]
+    code, out, err = run(capsys, *arguments)
+    assert code == 0
+    assert "configurations  4" in out
+    assert (err == "") == (not dies)
+    assert not dies or "a worker ended with exit code 7, see out/worker-1.log" in err
+    assert dies or "the search is done" in Path("out/worker-1.log").read_text()
+
+
+def test_the_live_table(monkeypatch):
+    from dataclasses import replace
+
+    from family_fakes import SETTINGS, FakeTrain, draw_nothing
+
+    from morph.cli.search_table import Table, duration
+    from morph.family.rounds import run_rounds
+    from morph.family.study import FamilyStudy
+
+    monkeypatch.setattr("morph.family.running.draw_network", draw_nothing)
+    study = FamilyStudy("journal", SETTINGS)
+    run_rounds(study, 1, FakeTrain(broken={3: RuntimeError("no memory")}), Path())
+    drawn = []
+    table = Table(lambda *parts: drawn.append(parts), SETTINGS.budgets, 2, 2)
+    assert table.seconds_left() is None
+    table.rows = [replace(row, seconds=float(len(row.curve))) for row in study.rows()]  # a second for each epoch
+    table.draw(0.0)
+    title, header, rows, _ = drawn[0]
+    assert title.startswith("10 of 20 configurations ended, about ")
+    assert all(len(row) == len(header) for row in rows)
+    assert rows[-1][-1] == "RuntimeError: no memory"
+    reached = [row.accuracies.get(4, 0) for row in table.rows]
+    assert rows[0][header.index("4 epochs")] == f"{max(reached):.2%}"
+    done = sum(len(row.curve) for row in table.rows)
+    lost = 4 - 0  # what the failed one would have been trained for at most
+    assert table.seconds_left() == (SETTINGS.budgets.plan().times(2).epochs_resumed - done - lost) / 2
+    table.draw(0.1, often=True)
+    assert len(drawn) == 1
+    table.draw(1.0, often=True)
+    assert len(drawn) == 2
+    assert [duration(s) for s in (12, 600, 7300, 200_000)] == ["12 s", "10 min", "2 h 02 min", "2 d 7 h"]
 
 
 def test_a_storage_elsewhere(capsys):

@@ -48,7 +48,7 @@ def measure(model: nn.Module, input_shape: tuple[int, ...], device: torch.device
     states = random_states()
     try:
         x = torch.randn(_MORE, *input_shape, device=device or home)
-        memory = (_kept(copied, x) - _kept(copied, x[:_FEWER])) // (_MORE - _FEWER)
+        memory = (_kept(copied, x) - _kept(copied, x[:_FEWER].clone())) // (_MORE - _FEWER)
         return Measures(counts.params, counts.macs, memory, _latency(copied.eval(), x[:1]))
     finally:
         set_random_states(states)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from morph.errors import StorageError
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.storages.journal._file import BaseJournalFileLock
 
 _SERVER_WAIT = 20  # seconds
 _GRPC_PORT = 13000  # Optuna's own
@@ -81,35 +83,55 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+class _Lock:
+    """A lock on the journal itself. That of a process that dies is gone, where Optuna's own stays for half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = -1
+
+    def acquire(self) -> bool:
+        """Wait for it."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self.handle = handle
+        return True
+
+    def release(self) -> None:
+        """Let it go."""
+        os.close(self.handle)
+
+
 def _journal(path: Path) -> BaseStorage:
     """A file that operations are added to."""
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+    from optuna.storages.journal import JournalFileBackend
 
     if not path.parent.is_dir():
         raise StorageError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise StorageError(f"{path}: is a folder; give the name of a file")
-    lock = JournalFileSymlinkLock(str(path))
-    if path.exists():
-        _drop_half_a_line(path, lock)
+    lock = _Lock(path)
+    lock.acquire()
     try:
-        return JournalStorage(JournalFileBackend(str(path), lock))
+        _drop_half_a_line(path)
+    finally:
+        lock.release()
+    try:
+        return JournalStorage(JournalFileBackend(str(path), cast("BaseJournalFileLock", lock)))
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path}: not the journal of a study: {_first_line(error)}") from error
 
 
-def _drop_half_a_line(path: Path, lock: object) -> None:
+def _drop_half_a_line(path: Path) -> None:
     """Take away what a writer that was killed, or had no space, left of its last operation; nobody has read it."""
-    from optuna.storages.journal import _file as journal
-
-    with path.open("rb") as file:
+    with path.open("rb+") as file:
         if not file.seek(0, os.SEEK_END):
             return
         file.seek(-1, os.SEEK_END)
         if file.read(1) == b"\n":
             return
-    with journal.get_lock_file(lock), path.open("rb+") as file:  # type: ignore[arg-type]
+        file.seek(0)
         content = file.read()
         if not content.startswith(b"{"):
             raise StorageError(f"{path}: not the journal of a study")
