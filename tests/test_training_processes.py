@@ -21,7 +21,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 import morph
-from morph.teaching.objective import Labels
+from morph.teaching.distillation import Distillation
+from morph.teaching.feature_losses import Hint
+from morph.teaching.losses import SoftLabels
+from morph.teaching.terms import Features
 
 world = int(sys.argv[1])
 fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto")
@@ -31,9 +34,15 @@ x = torch.randn(31, 1, 4, 4, generator=draw)
 y = (x.mean((1, 2, 3)) * 20).long() % 3
 options = dict(epochs=4, batch_size=10, lr=0.2, clip=1.0, accumulate=2, validation=(x[:7], y[:7]))
 
+def network(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * width, 3))
+
 def made():
+    torch.manual_seed(9)
+    teacher = network(7)
     torch.manual_seed(fabric.global_rank)  # each process begins with other weights: the first one's count
-    return Labels(nn.Sequential(nn.Conv2d(1, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)))
+    terms = [SoftLabels(3.0, 0.6), Features(Hint(), [("1", "1")])]
+    return Distillation(network(5), teacher, terms, example_inputs=x[:2])
 
 def run(**more):
     objective = made()
@@ -47,7 +56,9 @@ except KeyboardInterrupt:
     objective, fitted = run()
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in fitted.history]
     if fabric.is_global_zero:
-        print("FOUND" + json.dumps([rows, objective.student[3].weight.flatten().tolist()]))
+        values = [p.flatten() for p in objective.parameters()]
+        assert len(values) == 6  # of the student and of the adapter
+        print("FOUND" + json.dumps([rows, torch.cat(values).tolist()]))
 """
 
 
