@@ -126,6 +126,7 @@ def _search(args: argparse.Namespace, job: Job, stop: Callable[[], bool]) -> Fam
             name=args.study,
             patience=Patience(args.beat, args.patience),
             on_change=change,
+            should_stop=stop,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import random
@@ -15,7 +16,7 @@ from family_fakes import SETTINGS, FakeTrain, accuracy
 from torch import nn
 
 import morph
-from morph.errors import PictureError, SearchError, SearchStateError, TargetError
+from morph.errors import PictureError, SearchError, SearchStateError, StorageError, TargetError
 from morph.family.candidate import Candidate, TrialRow
 from morph.family.generator import Task
 from morph.family.measures import measure
@@ -215,6 +216,18 @@ def test_two_searches_in_one_folder_are_refused(tmp_path):
 
     with pytest.raises(SearchStateError, match="another process searches here"):
         search_family(SETTINGS, inner, tmp_path)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch):
+    from family_fakes import draw_nothing
+
+    monkeypatch.setattr("morph.family.running.draw_network", draw_nothing)
+    full = {4: OSError(errno.ENOSPC, "No space left on device")}
+    with pytest.raises(StorageError, match=r"could not be read or written: .*No space left on device.*goes on from it"):
+        search_family(SETTINGS, FakeTrain(broken=full), tmp_path)
+    train = FakeTrain()
+    assert len(search_family(SETTINGS, train, tmp_path).rows) == 10
+    assert len(train.calls) == 14 - 3
 
 
 def test_pictures(tmp_path):

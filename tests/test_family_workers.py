@@ -213,6 +213,13 @@ def test_a_worker_that_stood_still_leaves_the_trial_to_the_other(tmp_path):
     assert late[0].number not in {row.number for row in study.rows()}
 
 
+def test_a_worker_that_waits_can_be_stopped(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    study.add(study.propose([1]), key="other", beat=time.time(), bracket=0)
+    with pytest.raises(KeyboardInterrupt):
+        work(study, 1, FakeTrain(), tmp_path, patience=Patience(0.1, 1000), should_stop=lambda: True)
+
+
 def test_a_storage_that_is_lost_is_said(tmp_path):
     study = FamilyStudy(f"sqlite:///{tmp_path}/study.db", SHARED)
 
@@ -220,5 +227,5 @@ def test_a_storage_that_is_lost_is_said(tmp_path):
         (tmp_path / "study.db").write_bytes(b"no database any more" * 4096)
         return FakeTrain()(model, candidate, epochs, checkpoint)
 
-    with pytest.raises(StorageError, match="the storage of the study was lost"):
+    with pytest.raises(StorageError, match="the storage of the study, or a file of the search, could not be"):
         work(study, 3, train, tmp_path, patience=QUICK)

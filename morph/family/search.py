@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from morph.errors import OutputError, SearchError, SearchStateError, TargetError
 from morph.family.candidate import Train, TrialRow, best_of
 from morph.family.rounds import run_rounds
 from morph.family.statistics import Correlation, overhead, rank_correlations
+from morph.family.storage import lost_is_said
 from morph.family.study import NAME, FamilyStudy, SearchSettings, importances
 from morph.family.workers import Patience, work
 from morph.zoo.random_graph import Blueprint, Sources
@@ -64,6 +66,7 @@ def search_family(
     name: str = NAME,
     patience: Patience | None = None,
     on_change: Callable[[FamilyStudy], None] = lambda study: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> FamilySearch:
     """Search for the best family, or go on with a search.
 
@@ -77,6 +80,7 @@ def search_family(
         name: Of the study in its storage.
         patience: When other workers count as dead.
         on_change: Given the study after each change.
+        should_stop: Asked while a worker has nothing to do but wait for others; ``train`` asks for itself.
 
     Raises:
         TargetError: If not even the smallest network of all families meets the limit; says its parameters.
@@ -93,9 +97,10 @@ def search_family(
     study = FamilyStudy(storage or str(folder / JOURNAL), settings, name=name)
     if settings.asynchronous:
         number = settings.budgets.plan().configurations * rounds
-        work(study, number, train, folder, patience=patience, on_change=lambda: on_change(study))
+        tell = partial(on_change, study)
+        work(study, number, train, folder, patience=patience, on_change=tell, should_stop=should_stop)
     else:
-        with _alone(folder):
+        with _alone(folder), lost_is_said():
             run_rounds(study, rounds, train, folder, lambda: on_change(study))
     return found_in(study)
 

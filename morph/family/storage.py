@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.storages.journal._file import BaseJournalFileLock
 
+_PACKAGES = ("optuna", "sqlalchemy", "grpc")  # whose errors say that a storage is gone
 _SERVER_WAIT = 20  # seconds
 _GRPC_PORT = 13000  # Optuna's own
 
@@ -44,6 +45,24 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+@contextmanager
+def lost_is_said() -> Iterator[None]:
+    """Turn what a storage that is gone, or a full disk, raises inside the block into one clear error.
+
+    Raises:
+        StorageError: Then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _PACKAGES and not isinstance(error, OSError):
+            raise
+        raise StorageError(
+            f"the storage of the study, or a file of the search, could not be read or written: {_first_line(error)}; "
+            "what was written is kept, and the same command goes on from it"
+        ) from error
 
 
 def open_storage(where: str) -> BaseStorage:

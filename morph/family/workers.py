@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from morph.errors import StorageError
 from morph.family.candidate import Train
 from morph.family.running import checkpoint_of, train_trial
+from morph.family.storage import lost_is_said
 from morph.family.study import FamilyStudy, candidate_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-_STORAGES = ("optuna", "sqlalchemy", "grpc")  # whose errors say that a storage is gone
 _LOOK = 2.0  # seconds between two looks at what the other workers do
 _ATTEMPTS = 3  # a trial whose workers died so often is taken to be why
 
@@ -51,6 +51,7 @@ def work(
     *,
     patience: Patience | None = None,
     on_change: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Be one worker, until all configurations are done, those of the other workers included.
 
@@ -62,6 +63,7 @@ def work(
             anew, and ends with the same accuracy.
         patience: When other workers count as dead.
         on_change: Told after each change of the study by this worker.
+        should_stop: Asked while there is nothing to do but wait for others; if it says so, KeyboardInterrupt is raised.
 
     Raises:
         StorageError: If the storage is lost; what was found so far is in it, and the checkpoints are kept.
@@ -71,22 +73,37 @@ def work(
     waits = patience or Patience()
     while True:
         try:
-            trial = _take_up(study, waits) or _begin(study, configurations)
-            if trial is None:
-                if not any(other.state.name == "RUNNING" for other in study.trials()):
+            with lost_is_said():
+                if not _work_once(study, configurations, train, folder, waits, on_change, should_stop):
                     return
-                time.sleep(min(waits.beat, _LOOK))
-                continue
-            on_change()
-            with _signs_of_life(study, trial, waits.beat), _given_back(study, trial):
-                _train_through(study, trial, train, folder, on_change)
-        except UpdateFinishedTrialError:  # this process stood still, and another one has taken the trial up
-            on_change()
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] not in _STORAGES and not isinstance(error, ConnectionError):
+        except StorageError as error:
+            if not isinstance(error.__cause__, UpdateFinishedTrialError):
                 raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise StorageError(f"the storage of the study was lost: {first}; start the worker again") from error
+            on_change()  # this process stood still, and another one has taken the trial up
+
+
+def _work_once(
+    study: FamilyStudy,
+    configurations: int,
+    train: Train,
+    folder: Path,
+    waits: Patience,
+    on_change: Callable[[], None],
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Train one trial, or wait a moment for those of others; false where all are done."""
+    trial = _take_up(study, waits) or _begin(study, configurations)
+    if trial is None:
+        if not any(other.state.name == "RUNNING" for other in study.trials()):
+            return False
+        if should_stop():
+            raise KeyboardInterrupt
+        time.sleep(min(waits.beat, _LOOK))
+        return True
+    on_change()
+    with _signs_of_life(study, trial, waits.beat), _given_back(study, trial):
+        _train_through(study, trial, train, folder, on_change)
+    return True
 
 
 def _begin(study: FamilyStudy, configurations: int) -> FrozenTrial | None:
