@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from morph.family.candidate import TrialRow
 from morph.family.statistics import Correlation, not_dominated
@@ -153,12 +153,21 @@ def _front(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
             )
         line = sorted((p.cost, p.accuracy) for p, front in zip(found, best, strict=True) if front)
         axes.plot([x for x, _ in line], [y for _, y in line], color=_FRONT, linewidth=0.8, zorder=0)
-        axes.set_xscale("log")
+        _scale_costs(axes, [point.cost for point in found])
         axes.set_xlabel(label, fontsize=8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         axes.tick_params(labelsize=7, which="both")
         axes.margins(0.15)
     return figure
+
+
+def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis for costs of different size, a plain one with few numbers for those that are alike."""
+    if costs and 0 < 10 * min(costs) < max(costs):
+        axes.set_xscale("log")
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
 def _figure(number: int, title: str, *, width: float = 7.0, left: float = 0.12) -> tuple[Figure, list[Axes]]:
