@@ -196,7 +196,10 @@ def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
 
 def summary(bench: Bench, folder: Path) -> None:
     """Write means and deviations, and draw them."""
-    lines = results_in(folder)
+    lines = [
+        {**line, "lambda2": [line["lambda2"][0], line["lambda2"][-1]]} if line.get("lambda2") else line
+        for line in results_in(folder)
+    ]
     groups = defaultdict(list)
     for line in lines:
         if not line["options"]:
@@ -206,6 +209,10 @@ def summary(bench: Bench, folder: Path) -> None:
             "error_mean": statistics.mean(values),
             "error_sd": statistics.stdev(values) if len(values) > 1 else None,
             "seeds": len(values),
+            "macs": [r["macs"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name],
+            "params": [
+                r["params"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name
+            ],
         }
         for name, values in sorted(groups.items(), key=lambda item: statistics.mean(item[1]))
     }
