@@ -11,7 +11,6 @@ Any number of processes may work at the list of jobs at the same time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from gated_students_picture import draw
-from job_list import results_in, work_at
+from job_list import Job, main, results_in, spread
 from machine import save
 from small_cifar import augmented_rounds, load, logits_of, subset, top1
 from torch import nn
@@ -68,6 +67,7 @@ class Bench:
 
     def __init__(self, data: Path, work: Path) -> None:
         whole, self.test = load(data, work)
+        self.work = work
         self.images = subset(whole, IMAGES)
         self.teacher = self._teacher(whole, work / "teacher.pt")
         self.sample = self.test.images[:2]
@@ -93,6 +93,21 @@ class Bench:
             part.replace(path)
         found: torch.Tensor = torch.load(path, weights_only=True)
         return found
+
+    def run(self, job: Job) -> Job:
+        """Find one student, teach it and test it."""
+        start = time.process_time()
+        torch.manual_seed(job["seed"])
+        inherited = job["weights"] == "inherited"
+        model, facts = self.student(job["way"], job["seed"], job["options"], inherited)
+        found = time.process_time()
+        size = morph.count(model, self.sample[:1])
+        loss = train(
+            model, self.lessons, self.wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH
+        )
+        error = 1 - top1(model, self.test)
+        seconds = {"search_s": round(found - start, 1), "training_s": round(time.process_time() - found, 1)}
+        return {"error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
 
     def student(
         self, way: str, seed: int, options: dict[str, float], inherit: bool
@@ -178,27 +193,11 @@ def train(
     return statistics.mean(last[-100:])
 
 
-def run(bench: Bench, job: dict[str, Any]) -> dict[str, Any]:
-    """Find one student, teach it and test it."""
-    start = time.process_time()
-    torch.manual_seed(job["seed"])
-    inherited = job["weights"] == "inherited"
-    model, facts = bench.student(job["way"], job["seed"], job["options"], inherited)
-    found = time.process_time()
-    size = morph.count(model, bench.sample[:1])
-    loss = train(
-        model, bench.lessons, bench.wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH
-    )
-    error = 1 - top1(model, bench.test)
-    seconds = {"search_s": round(found - start, 1), "training_s": round(time.process_time() - found, 1)}
-    return {"error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
-
-
-def summary(bench: Bench, folder: Path) -> None:
+def summary(bench: Bench) -> None:
     """Write means and deviations, and draw them."""
     lines = [
         {**line, "lambda2": [line["lambda2"][0], line["lambda2"][-1]]} if line.get("lambda2") else line
-        for line in results_in(folder)
+        for line in results_in(bench.work / "jobs")
     ]
     groups = defaultdict(list)
     for line in lines:
@@ -206,9 +205,7 @@ def summary(bench: Bench, folder: Path) -> None:
             groups[f"{line['way']}, {line['weights']} weights"].append(line["error"])
     table = {
         name: {
-            "error_mean": statistics.mean(values),
-            "error_sd": statistics.stdev(values) if len(values) > 1 else None,
-            "seeds": len(values),
+            **spread(values),
             "macs": [r["macs"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name],
             "params": [
                 r["params"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name
@@ -228,23 +225,5 @@ def summary(bench: Bench, folder: Path) -> None:
     print(json.dumps(table, indent=1), path, sep="\n")
 
 
-def main() -> None:
-    """Work, or sum up."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--work", type=Path, default=Path(".work/gated_students"), help="what is kept between runs")
-    parser.add_argument("--summary", action="store_true", help="write the results that there are")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    bench = Bench(args.data, args.work)
-    folder = args.work / "jobs"
-    if args.summary:
-        summary(bench, folder)
-    else:
-        print(f"teacher: error {1 - top1(bench.teacher, bench.test):.4f}, {bench.macs:,} multiply-adds", flush=True)
-        work_at(jobs(), lambda job: run(bench, job), folder, ("error", "macs", "search_s"))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "gated_students", Bench, jobs(), summary, ("error", "macs", "search_s"))

@@ -11,7 +11,6 @@ one has fresh weights. Any number of processes may work at the list of jobs at t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from grown_teachers_picture import draw
-from job_list import Job, results_in, work_at
+from job_list import Job, main, results_in, spread
 from machine import save
 from small_cifar import load, subset, top1
 from torch import nn
@@ -161,9 +160,7 @@ def summary(bench: Bench) -> None:
     tables = {
         table: {
             name: {
-                "error_mean": statistics.mean(r["error"] for r in rows),
-                "error_sd": statistics.stdev(r["error"] for r in rows) if len(rows) > 1 else None,
-                "seeds": len(rows),
+                **spread([r["error"] for r in rows]),
                 "teacher_error": rows[0]["teacher_error"],
                 "teacher_params": rows[0]["teacher_params"],
             }
@@ -177,21 +174,5 @@ def summary(bench: Bench) -> None:
     print(path)
 
 
-def main() -> None:
-    """Work, or sum up."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--work", type=Path, default=Path(".work/grown_teachers"), help="what is kept between runs")
-    parser.add_argument("--summary", action="store_true", help="write the results that there are")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    bench = Bench(args.data, args.work)
-    if args.summary:
-        summary(bench)
-    else:
-        work_at(jobs(), bench.run, args.work / "jobs", ("error", "teacher_error", "seconds"))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "grown_teachers", Bench, jobs(), summary, ("error", "teacher_error", "seconds"))

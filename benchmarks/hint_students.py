@@ -10,8 +10,6 @@ them. Any number of processes may work at the list of jobs at the same time.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_list import Job, results_in, work_at
+from job_list import Job, main, results_in, spread
 from machine import save
 from small_cifar import load, subset, top1
 from torch import nn
@@ -124,14 +122,7 @@ def summary(bench: Bench) -> None:
     groups: dict[str, list[float]] = defaultdict(list)
     for line in lines:
         groups[f"{line['student']}: {line['arm']}"].append(line["error"])
-    table = {
-        name: {
-            "error_mean": statistics.mean(values),
-            "error_sd": statistics.stdev(values) if len(values) > 1 else None,
-            "seeds": len(values),
-        }
-        for name, values in sorted(groups.items())
-    }
+    table = {name: spread(values) for name, values in sorted(groups.items())}
     facts = {
         "teacher": TEACHER,
         "teacher_error": 1 - top1(bench.teacher, bench.test),
@@ -141,21 +132,5 @@ def summary(bench: Bench) -> None:
     print(save("hint_students", {**facts, "table": table, "runs": lines}))
 
 
-def main() -> None:
-    """Work, or sum up."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--work", type=Path, default=Path(".work/hint_students"), help="what is kept between runs")
-    parser.add_argument("--summary", action="store_true", help="write the results that there are")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    bench = Bench(args.data, args.work)
-    if args.summary:
-        summary(bench)
-    else:
-        work_at(jobs(), bench.run, args.work / "jobs", ("error", "seconds"))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "hint_students", Bench, jobs(), summary, ("error", "seconds"))

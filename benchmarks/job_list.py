@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 Job = dict[str, Any]
+
+
+class Bench(Protocol):
+    """What does the jobs."""
+
+    work: Path
+
+    def run(self, job: Job) -> Job:
+        """Do one job."""
+
+
+def main(
+    doc: str | None,
+    name: str,
+    make: Callable[[Path, Path], Bench],
+    jobs: Iterable[Job],
+    summary: Callable[[Any], None],
+    show: Iterable[str],
+) -> None:
+    """Read the command line; work, or sum up.
+
+    Args:
+        doc: Its first line says what the script asks.
+        name: Of the folder for what is kept between runs.
+        make: Opens data and folder.
+        jobs: The most wanted first.
+        summary: Writes the results that there are.
+        show: What of a result is printed.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--work", type=Path, default=Path(".work") / name, help="what is kept between runs")
+    parser.add_argument("--summary", action="store_true", help="write the results that there are")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    bench = make(args.data, args.work)
+    if args.summary:
+        summary(bench)
+    else:
+        work_at(jobs, bench.run, args.work / "jobs", show)
+
+
+def spread(errors: Sequence[float]) -> Job:
+    """Mean, standard deviation and number of some errors."""
+    deviation = statistics.stdev(errors) if len(errors) > 1 else None
+    return {"error_mean": statistics.mean(errors), "error_sd": deviation, "seeds": len(errors)}
 
 
 def work_at(jobs: Iterable[Job], run: Callable[[Job], Job], folder: Path, show: Iterable[str] = ()) -> None:

@@ -11,7 +11,6 @@ and Tukey's test by `label_statistics.py`. Any number of processes may work at t
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_list import Job, results_in, work_at
+from job_list import Job, main, results_in
 from label_statistics import summarise
 from machine import save
 from small_cifar import load, subset, top1
@@ -132,21 +131,5 @@ def summary(bench: Bench) -> None:
     print(save("label_students", {**facts, "accuracies": groups, "runs": lines}))
 
 
-def main() -> None:
-    """Work, or sum up."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--work", type=Path, default=Path(".work/label_students"), help="what is kept between runs")
-    parser.add_argument("--summary", action="store_true", help="write the results that there are")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    bench = Bench(args.data, args.work)
-    if args.summary:
-        summary(bench)
-    else:
-        work_at(jobs(), bench.run, args.work / "jobs", ("accuracy", "seconds"))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "label_students", Bench, jobs(), summary, ("accuracy", "seconds"))
