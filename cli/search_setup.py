@@ -94,10 +94,10 @@ def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
         DataError, ModelFileError, TraceError, TrainingError, StorageError: As elsewhere.
     """
     from morph.errors import OutputError, TeachingError
-    from morph.family.storage import require_optuna
+    from morph.family.storage import require_packages
     from morph.training.options import FitOptions
 
-    require_optuna()
+    require_packages()
     if args.out is None:
         raise OutputError("give the folder of the search with --out DIR")
     if args.out.exists() and not args.out.is_dir():

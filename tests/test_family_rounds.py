@@ -19,6 +19,7 @@ from morph.family.budgets import Budgets
 from morph.family.candidate import best_of, candidate_from
 from morph.family.generator import draw_network
 from morph.family.rounds import run_rounds
+from morph.family.storage import require_packages
 from morph.family.study import FamilyStudy, importances
 
 pytest.importorskip("optuna")
@@ -232,3 +233,10 @@ def test_a_database_does_as_well(tmp_path):
     run_rounds(study, 1, FakeTrain(), tmp_path)
     (tmp_path / "file").mkdir()
     assert plain(study.rows()) == plain(searched(tmp_path / "file").rows())
+
+
+@pytest.mark.parametrize("name", ["optuna", "scipy"])
+def test_a_package_that_is_missing_is_named_before_anything_is_searched(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(StorageError, match=rf"needs {name}, not installed; pip install torch-morph\[search\]"):
+        require_packages()

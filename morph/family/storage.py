@@ -22,14 +22,19 @@ _SERVER_WAIT = 20  # seconds
 _GRPC_PORT = 13000  # Optuna's own
 
 
-def require_optuna() -> None:
-    """See that Optuna is there.
+def require_packages() -> None:
+    """See that Optuna and SciPy are there.
 
     Raises:
-        StorageError: If it is not; says how to get it.
+        StorageError: If one is not; says how to get it.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise StorageError("a search over families needs optuna, not installed; pip install torch-morph[search]")
+    for name in ("optuna", "scipy"):
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ValueError:  # what Python says of a module that was set to None
+            found = False
+        if not found:
+            raise StorageError(f"a search over families needs {name}, not installed; pip install torch-morph[search]")
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def open_storage(where: str) -> BaseStorage:
     Raises:
         StorageError: If it cannot be reached or read, or a package for it is missing.
     """
-    require_optuna()
+    require_packages()
     try:
         with quiet():
             if "://" not in where:

@@ -15,7 +15,7 @@ from morph.family.budgets import Budgets
 from morph.family.candidate import TEACHING, Candidate, Outcome, TrialRow
 from morph.family.generator import Task
 from morph.family.settings import RANGES, FamilySettings
-from morph.family.storage import open_storage, quiet, require_optuna
+from morph.family.storage import open_storage, quiet, require_packages
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -178,7 +178,7 @@ def importances(rows: Iterable[TrialRow]) -> dict[str, float]:
     Measured by PED-ANOVA (Watanabe et al., IJCAI 2023) at the largest budget that twenty trials reached, or else at the
     smallest. Empty where there are too few, or all are equal.
     """
-    require_optuna()
+    require_packages()
     import optuna
 
     rows = [row for row in rows if row.accuracies and row.state != "failed"]
