@@ -105,6 +105,7 @@ def works(name: str) -> dict[str, Callable[[], object]]:
         objective = Distillation(copy.deepcopy(first), teacher, terms, example_inputs=x[:2])
         found[method] = step_of(objective, x, y)
     voting = [Voting(copy.deepcopy(model), known.shape[1]).train() for model in (first, teacher)]
+    found["bare sum with label heads"] = bare_step(copy.deepcopy(voting[0]), copy.deepcopy(voting[1]).eval(), x, y)
     objective = Distillation(voting[0], voting[1], [Channels("score", "score")])
     found["multi-channel labels"] = step_of(objective, x, y)
     objective = Distillation(copy.deepcopy(first), teacher, [SoftLabels()])

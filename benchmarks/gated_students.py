@@ -48,13 +48,13 @@ def jobs() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         for way in (*SEARCHES, *OTHERS):
             yield {"way": way, "seed": seed, "weights": "fresh", "options": {}}
-    for seed in SEEDS:
-        for way in ("kd-weighted", "torch-pruning group norm", "torch-pruning taylor"):
-            yield {"way": way, "seed": seed, "weights": "inherited", "options": {}}
     for lambda2 in (3e-4, 1e-2, 3e-2, 1e-1):
         yield {"way": "kd-weighted", "seed": 0, "weights": "fresh", "options": {"lambda2": lambda2}}
     for kl0 in (0.05, 0.1, 0.2, 0.4):
         yield {"way": "kd-weighted", "seed": 0, "weights": "fresh", "options": {"kl0": kl0}}
+    for seed in SEEDS:
+        for way in ("kd-weighted", "torch-pruning group norm", "torch-pruning taylor"):
+            yield {"way": way, "seed": seed, "weights": "inherited", "options": {}}
 
 
 class Bench:

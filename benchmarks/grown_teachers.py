@@ -5,8 +5,8 @@
 
 The thesis at a scale that a processor can do: CIFAR-10 at 16x16, DARTS (second order) with 8 channels and without its
 auxiliary head, attention transfer at the three proposed taps in the form of its authors (beta 1000) beside the labels.
-Teachers grown from the trained student go on from its function and are trained as long as the deeper one; the untrained
-one has fresh weights. Any number of processes may work at the list of jobs at the same time.
+Teachers grown from the trained student go on from its function and are trained as long as the deeper one, longer than
+students; the untrained one has fresh weights. Any number of processes may work at the list of jobs at the same time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STUDENT, DEEPER = "darts-10x8", "darts-25x8"
 GROWN = ("fisher", "uniform", "random", "untrained")
 TEACHERS = ("none", "depth", *GROWN)
 OTHERS = {"wrn": ("wrn-16-2", "wrn-10-1"), "densenet": ("densenet-bc-22-12", "densenet-bc-16-8")}
-IMAGES, EPOCHS, BATCH = 8_000, 3, 64
+IMAGES, EPOCHS, TEACHER_EPOCHS, BATCH = 8_000, 3, 8, 64
 GROWTH = 2.85  # of the body, as 1.4M parameters are of the thesis's student, auxiliary heads apart
 SEEDS = (0, 1, 2)
 
@@ -76,19 +76,19 @@ class Bench:
         teacher = None if job["teacher"] == "none" else self.teacher(job["teacher"])
         student = _built(job["student"], job["seed"])
         start = time.process_time()
-        loss = self._train(student, teacher, job["seed"])
+        loss = self._train(student, teacher, job["seed"], EPOCHS)
         facts: Job = {"teacher_error": None, "teacher_params": None}
         if teacher is not None:
             facts = {"teacher_error": 1 - top1(teacher, self.test), "teacher_params": _size(teacher)}
         error = 1 - top1(student, self.test)
         return {"error": error, "loss": loss, "seconds": round(time.process_time() - start, 1), **facts}
 
-    def _train(self, student: nn.Module, teacher: nn.Module | None, seed: int) -> float:
+    def _train(self, student: nn.Module, teacher: nn.Module | None, seed: int, epochs: int) -> float:
         objective: nn.Module = Labels(student)
         if teacher is not None:
             terms = [LabelCrossEntropy(), Features(AttentionTransfer())]
             objective = morph.Distillation(student, teacher, terms, example_inputs=self.sample)
-        options: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.1, "nesterov": True}
+        options: dict[str, Any] = {"epochs": epochs, "batch_size": BATCH, "lr": 0.1, "nesterov": True}
         done = morph.fit(
             objective,
             self.lessons,
@@ -110,7 +110,7 @@ class Bench:
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
         else:
-            self._train(model, None, seed=100)
+            self._train(model, None, 100, TEACHER_EPOCHS)
             part = path.with_suffix(".part")
             torch.save(model.state_dict(), part)
             part.replace(path)
@@ -133,7 +133,7 @@ class Bench:
         if path.exists():
             student.load_state_dict(torch.load(path, weights_only=True))
         else:
-            self._train(student, None, seed=0)
+            self._train(student, None, 0, EPOCHS)
             torch.save(student.state_dict(), path)
         return student
 
@@ -168,7 +168,10 @@ def summary(bench: Bench) -> None:
         }
         for table, found in groups.items()
     }
-    facts = {"data": f"CIFAR-10 at 16x16, {IMAGES:,} images, {EPOCHS} rounds, tested on 10,000", "student": STUDENT}
+    facts = {
+        "data": f"CIFAR-10 at 16x16, {IMAGES:,} images, {EPOCHS} rounds ({TEACHER_EPOCHS} for teachers), tested on 10,000",
+        "student": STUDENT,
+    }
     path = save("grown_teachers", {**facts, "tables": tables, "runs": lines})
     draw(tables["4.4"], path.parent.parent / "pictures" / "grown_teachers.png")
     print(path)
