@@ -20,6 +20,7 @@ from morph.analysis.recording import (
     How,
     Inputs,
     Recording,
+    Sink,
     Value,
     arguments_of,
     first_line,
@@ -55,14 +56,15 @@ def record(
     """
     if with_data:
         return _record_data(model, inputs, whole)
-    no_data = any(t.device.type == "meta" for t in model.parameters())
+    tensors = named_tensors(model)
+    no_data = any(t.is_meta for t in model.parameters())
     try:
         meta = pytree.tree_map_only(Tensor, without_data, inputs)
-        bare = skeleton(model)
+        bare = skeleton(model, tensors)
         recorder = _Recorder(bare, "shapes", whole)
         recorder.needs_data = not no_data
         recording = recorder.run(meta)
-        recording.shared += sharing(model)
+        recording.shared += sharing(tensors)
         recorder.train_too(meta)
         recording.skeleton = bare
     except Exception as shapes_only:
@@ -79,7 +81,7 @@ def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module],
         own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
         recorder = _Recorder(copy.deepcopy(model).eval(), "data", whole)
         recording = recorder.run(own)
-        recording.shared += sharing(model)
+        recording.shared += sharing(named_tensors(model))
         recorder.train_too(own)
     except Exception as error:
         raise _refused(model, inputs, error) from error
@@ -200,14 +202,17 @@ class _Recorder(TorchDispatchMode):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
         """Call the model and give the values that come out."""
         hooks: list[Any] = []
+        self.recording.quick = []
         try:
             with self.afterwards(self.model), torch.no_grad(), plain_attention():
                 for path, module in named_modules(self.model):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
+                self.recording.sink.take = self._take
                 with self:
                     output = self.runner(*args, **kwargs)
         finally:
+            self.recording.sink.take = Sink.nowhere
             for handle in hooks:
                 handle.remove()
         return [self._value(t) for t in _outputs(output)]
@@ -220,28 +225,32 @@ class _Recorder(TorchDispatchMode):
         if kind is nn.Sequential:  # calls nothing itself
             return True
 
+        stack, sink = self.stack, self.recording.sink
+
         def write(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self.silent:
-                self._write(target, args, kwargs, output, path)
+            sink.take(path, target, args, kwargs, output)
 
         own = module.forward
 
         def unknown(x: Tensor) -> Any:
-            self.stack.append(path)
+            stack.append(path)
             output = own(x)
-            self.stack.pop()
+            stack.pop()
             return output
 
         forward = quick_forward(module, unknown, write)
-        if forward is not None:
-            vars(module)["forward"] = forward
-        return forward is not None
+        if forward is None:
+            return False
+        attributes = vars(module)
+        attributes["forward"] = forward
+        self.recording.quick.append((attributes, forward))
+        return True
 
     def _name_tensors(self) -> None:
         for name, tensor in named_tensors(self.model):
             value = self._set(tensor, self.recording.new(tensor, source=name))
             self.recording.sources[name] = value
-            if tensor.numel() and tensor.layout == torch.strided:
+            if tensor.layout == torch.strided and tensor.numel():
                 self.storages.setdefault(tensor.untyped_storage()._cdata, value)
 
     def _follow(self, path: str, module: nn.Module) -> Iterator[Any]:
@@ -270,7 +279,7 @@ class _Recorder(TorchDispatchMode):
             self.stack.pop()
             self.silent -= 1
             if not self.silent:
-                self._write(type(module), (module, *args), {}, output, path)
+                self._write(type(module), *self._known((module, *args), {}), output, path)
 
         yield module.register_forward_pre_hook(enter)
         yield module.register_forward_hook(leave)
@@ -279,37 +288,76 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, written = kwargs or {}, not self.silent
-        before = each_tensor((args, kwargs), self._value) if written else ((), {})
+        if written:
+            before = self._known(args, kwargs)
         if self.recording.traced == "shapes":
             args, kwargs = one_device((args, kwargs))
             kwargs = with_data(func, args, kwargs)
         output = run_bare(func, args, kwargs)
         if written:
-            self._write(func, before[0], before[1], output, self.stack[-1], ready=True)
+            self._write(func, *before, output, self.stack[-1])
         return output
 
+    def _known(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Value]]:
+        """Arguments with values in place of tensors, and the list of these."""
+        reads: list[Value] = []
+
+        def known(tensor: Tensor) -> Value:
+            value = self._value(tensor)
+            reads.append(value)
+            return value
+
+        return each_tensor(args, known), each_tensor(kwargs, known) if kwargs else kwargs, reads
+
     def _write(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str, ready: bool = False
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reads: list[Value],
+        output: Any,
+        path: str,
     ) -> None:
-        if not ready:
-            args, kwargs = each_tensor((args, kwargs), self._value)
         result = each_tensor(output, self._result)
-        self.recording.calls.append(Call(target, args, kwargs, result, path, user_frame(_Recorder._call.__code__)))
+        frame = user_frame(_Recorder._call.__code__)
+        self.recording.calls.append(Call(target, args, kwargs, result, path, frame, reads))
+
+    def _take(self, path: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Write down what a layer would have called; its tensors are arguments of their own, none of them named."""
+        if self.silent:
+            return
+        reads, given = [], []
+        for item in args:
+            if isinstance(item, Tensor):
+                value = self._value(item)
+                reads.append(value)
+                given.append(value)
+            else:
+                given.append(item)
+        recording = self.recording
+        if isinstance(output, Tensor):
+            result: Any = self._result(output)
+        else:
+            result = tuple([recording.nothing() if x is None else self._result(x) for x in output])
+        frame = user_frame(_Recorder._call.__code__)
+        recording.calls.append(Call(target, tuple(given), kwargs, result, path, frame, reads))
 
     def _result(self, leaf: Tensor) -> Value:
         """The value of an output: the one it has, if an operator in place gave back its argument unchanged in form."""
         known: Value | None = getattr(leaf, "_morph_value", None)
-        if known is not None and known.shape == tuple(leaf.shape):
+        if known is not None and known.shape == leaf.shape:
             return known
         return self._set(leaf, self.recording.new(leaf))
 
     def _value(self, tensor: Tensor) -> Value:
         """The value of a tensor; one never seen before is a constant, or another view of a parameter."""
         known: Value | None = getattr(tensor, "_morph_value", None)
-        if known is not None and known.shape == tuple(tensor.shape):
+        if known is not None and known.shape == tensor.shape:
             return known
         owner = self.storages.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
-        if owner is not None and owner.shape == tuple(tensor.shape):
+        if owner is not None and owner.shape == tensor.shape:
             return self._set(tensor, owner)
         if owner is not None:
             self.recording.shared += (owner.source,)
