@@ -29,10 +29,7 @@ REFUSED = {
         "attention.q.weight[0]#2": "two reshapes order them in different ways",
     },
     "packed": {"qkv.weight[0]#1": "summed over between two activations"},
-    "torchhead": {
-        "mix.in_proj_weight[0]": "in mix",
-        "mix.in_proj_weight[0]#1": "summed over between two activations",
-    },
+    "torchhead": {"mix.in_proj_weight[0]#1": "summed over between two activations"},
     "windows": {"one.weight[0]": "summed over between two activations"},
     "tied": {"back.weight[0]": "the parameter that reads them is used in another way too"},
     "weightnorm": {"one.bias[0]": "summed over between two activations"},
