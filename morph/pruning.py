@@ -15,11 +15,13 @@ from morph.analysis import Analysis, Sizes, analyse
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
+from morph.cut import apply_plan
 from morph.errors import ProbeError, TargetError
 from morph.garbage import uncollected
 from morph.plan import Check, Edit, Plan, Record
 from morph.removal import Removed, Remover, check_cut, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
+from morph.shaking import named_shaken, shaken
 from morph.surgery import Result, environment
 from morph.unit_scores import GRADIENT, Score, score_units
 from morph.verify import require
@@ -129,12 +131,12 @@ def _prune(
         done = _reach(now, example_inputs, analysis, target, data, loss, form)
         if verify and not on_meta(now):
             try:
-                check = check_cut(done, now, example_inputs, analysis)
+                found = _checks(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
                 analysis = analyse(now, example_inputs, with_data=True)
                 done = _reach(now, example_inputs, analysis, target, data, loss, form)
-                check = check_cut(done, now, example_inputs, analysis)
-            checks.append(check)
+                found = _checks(done, now, example_inputs, analysis)
+            checks += found
             require(tuple(checks))
             verified = promise(done, analysis)
         elif verify:
@@ -154,6 +156,16 @@ def _prune(
         environment=environment(model, example_inputs),
     )
     return Result(now, record)
+
+
+def _checks(done: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis) -> list[Check]:
+    """Compare with the zeroing reference; where weights are all zero, on random ones in their place too."""
+    checks = [check_cut(done, model, inputs, analysis)]
+    twin = shaken(model)
+    if twin is not None:
+        cut = dataclasses.replace(done, model=apply_plan(twin, done.plan))
+        checks.append(named_shaken(check_cut(cut, twin, inputs, analysis)))
+    return checks
 
 
 def _reach(

@@ -265,15 +265,15 @@ def _carried(
         widened = policy.widener.widen(sure)
         return widened, (), [*left, *widened.left]
     widened = policy.widener.widen(wanted)
-    check = check_growth(widened, model, inputs)
-    if not check.passed:
+    checks = check_growth(widened, model, inputs)
+    if not all(check.passed for check in checks):
         done = {name: some for name, some in wanted.items() if name in widened.copies}
         left += widened.left
         sure = _without_reshaped(policy, done, left, "copies do not line up after its reshapes (measured)")
         widened = policy.widener.widen(sure)
-        check = check_growth(widened, model, inputs)
-    require((check,))
-    return widened, (check,), [*left, *widened.left]
+        checks = check_growth(widened, model, inputs)
+    require(checks)
+    return widened, checks, [*left, *widened.left]
 
 
 def _without_reshaped(policy: _Policy, wanted: Copies, left: list[LeftWhole], reason: str) -> Copies:

@@ -38,6 +38,7 @@ ORDER = [
     "random_edits",
     "graph_edits",
     "plan",
+    "shaking",
     "scores",
     "twins",
     "trials",
