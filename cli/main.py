@@ -28,7 +28,8 @@ EPILOG = """\
 MODEL is a file (our own, a pickled module of known classes, a state_dict with --arch, an exported program) or a name:
   zoo:NAME (see `morph zoo`), torchvision:NAME, timm:NAME, or package.module:callable.
 
-exit codes: 0 done; 1 a check failed or a limit was missed; 2 bad input; 130 interrupted.
+exit codes: 0 done; 1 a check failed, a limit was missed, or a run did (its loss is no number any more); 2 bad input;
+  130 interrupted.
 Results go to stdout, progress to stderr. NO_COLOR is respected."""
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from morph.attaching import attach_gates
 from morph.batches import Batch, Data, one_round, round_length
+from morph.divergence import kept_at, require_finite
 from morph.errors import DataError, SearchError
 from morph.search_budget import Meter, also, close_in_order
 from morph.search_checkpoint import load, random_states, save, set_random_states
@@ -89,7 +90,8 @@ class Search:
         """Go on until the budget is met.
 
         Raises:
-            SearchError: If the loss is not finite.
+            DivergedError: If the loss or a weight is not finite; the state that was saved last stays.
+            SearchError: If the gates that may close do not meet the budget.
             DataError: If the data ends.
             KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
         """
@@ -103,7 +105,7 @@ class Search:
                 saves = self.keep is not None and self.found.step % (self.keep.every or self.length) == 0
                 counts = self.found.step % self.options.count_every == 0
                 if last or stop or saves or counts:
-                    self._require_finite(finite, loss)
+                    require_finite(finite, loss, self.model.parameters(), self.found.step, self.keep)
                 if (last or counts) and (self._count(loss, logits, wanted, on_progress) or last):
                     return self._finish()
                 if stop or saves:
@@ -112,7 +114,7 @@ class Search:
                     raise KeyboardInterrupt
         except DataError as error:
             self.save()
-            raise DataError(f"{error}{self._kept()}") from error
+            raise DataError(f"{error}{kept_at(self.keep)}") from error
         raise AssertionError  # the batches do not end by themselves
 
     def _batches(self) -> Iterator[Batch]:
@@ -148,20 +150,6 @@ class Search:
         self.fabric.backward(loss)
         self.optimizer.step()
         return loss.detach(), logits.detach(), wanted
-
-    def _require_finite(self, finite: Tensor, loss: Tensor) -> None:
-        """Stop where a loss or a weight is no number."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
-        if not bool(finite & torch.isfinite(norms).all()):
-            raise SearchError(
-                f"the loss or a weight is not a finite number after step {self.found.step} (loss {float(loss):g}); "
-                f"give a smaller learning rate{self._kept()}"
-            )
-
-    def _kept(self) -> str:
-        """Where the last good state is, for errors."""
-        known = self.keep is not None and self.keep.path.exists()
-        return f"; the last good state is in {self.keep.path}" if known and self.keep else ""
 
     def _count(
         self, loss: Tensor, logits: Tensor, wanted: Tensor | None, on_progress: Callable[[Progress], None] | None
@@ -225,7 +213,7 @@ class Search:
         order = order_of_closing(torch.where(shut == met, far, 0.0), last)
         number = close_in_order(self.meter, stays, order, self.target)
         if number is None:
-            raise SearchError(f"the gates that may close do not meet the budget{self._kept()}")
+            raise SearchError(f"the gates that may close do not meet the budget{kept_at(self.keep)}")
         found.closed = also(stays, order, number)
         found.values = torch.where(found.closed, 0.0, torch.where(shut, self.before, sparse))
         found.reopened, found.forced = (len(order) - number, 0) if met else (0, number)

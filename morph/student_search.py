@@ -77,7 +77,8 @@ def search_student(
         TargetError: If a number is out of its range, or the target is met already or cannot be reached.
         DataError: If the data does not fit the teacher, or ends.
         EditError: If the weights cannot be drawn afresh; ``inherit=True`` keeps those of the search.
-        SearchError: If the loss is not finite.
+        DivergedError: If the loss or a weight is not finite.
+        SearchError: If the gates that may close do not meet the budget.
         SearchStateError: If the checkpoint cannot be read, or is of another search.
         TraceError, CheckFailedError, OutputError: As elsewhere.
 

@@ -106,6 +106,7 @@ ORDER = [
     "search_schedule",
     "search_checkpoint",
     "search_progress",
+    "divergence",
     "search_loop",
     "search_data",
     "search_space",

@@ -70,7 +70,8 @@ def fit(
         The history, and the student's weights after the best round; the student itself holds the last ones.
 
     Raises:
-        TrainingError: If a number is out of its range, there is nothing to train, or the loss is not finite.
+        TrainingError: If a number is out of its range, or there is nothing to train.
+        DivergedError: If the loss, a weight or an output is not finite.
         TrainingStateError: If the checkpoint cannot be read, or is of another run.
         DataError: If the data does not fit the student, or ends.
         TraceError, OutputError: As elsewhere.
