@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
     "draw": "draw the graph of a model, block by block",
+    "attention": "draw where networks look, side by side",
     "convert": "write a model in another file format",
     "zoo": "list the models that are known by name",
 }

@@ -15,13 +15,12 @@ from morph.analysis import Analysis, Sizes, analyse
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
-from morph.cut import apply_plan
 from morph.errors import ProbeError, TargetError
 from morph.garbage import uncollected
+from morph.model_config import with_config
 from morph.plan import Check, Edit, Plan, Record
-from morph.removal import Removed, Remover, check_cut, promise
+from morph.removal import Removed, Remover, checks_of, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
-from morph.shaking import named_shaken, shaken
 from morph.surgery import Result, environment
 from morph.unit_scores import GRADIENT, Score, score_units
 from morph.verify import require
@@ -131,11 +130,11 @@ def _prune(
         done = _reach(now, example_inputs, analysis, target, data, loss, form)
         if verify and not on_meta(now):
             try:
-                found = _checks(done, now, example_inputs, analysis)
+                found = checks_of(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
                 analysis = analyse(now, example_inputs, with_data=True)
                 done = _reach(now, example_inputs, analysis, target, data, loss, form)
-                found = _checks(done, now, example_inputs, analysis)
+                found = checks_of(done, now, example_inputs, analysis)
             checks += found
             require(tuple(checks))
             verified = promise(done, analysis)
@@ -145,6 +144,10 @@ def _prune(
         removed.append(done)
         now, size = done.model, _per_sample(analysis.sizes(done.choice), batch)
         on_step(number, size)
+    config: dict[str, Any] = {}
+    if checks:
+        now, settings, config = with_config(model, now, example_inputs)
+        edits += settings
     record = Record(
         command="prune",
         options={**_options(asked), "steps": steps, "form": form, "verify": verify},
@@ -152,20 +155,10 @@ def _prune(
         before=asdict(_per_sample(before, batch)),
         after=asdict(size),
         checks=tuple(checks),
-        details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
+        details={"weight_preserving": False, "verified": verified, **_details(first, removed), **config},
         environment=environment(model, example_inputs),
     )
     return Result(now, record)
-
-
-def _checks(done: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis) -> list[Check]:
-    """Compare with the zeroing reference; where weights are all zero, on random ones in their place too."""
-    checks = [check_cut(done, model, inputs, analysis)]
-    twin = shaken(model)
-    if twin is not None:
-        cut = dataclasses.replace(done, model=apply_plan(twin, done.plan))
-        checks.append(named_shaken(check_cut(cut, twin, inputs, analysis)))
-    return checks
 
 
 def _reach(

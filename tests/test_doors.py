@@ -69,6 +69,7 @@ ORDER = [
     "graph_fitting",
     "carriers",
     "removal",
+    "model_config",
     "rule_checks",
     "copies",
     "unit_slices",

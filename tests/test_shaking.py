@@ -9,8 +9,7 @@ from torch import nn
 import morph
 from morph.errors import CheckFailedError
 from morph.plan import Plan, Resize
-from morph.pruning import _checks
-from morph.removal import Remover
+from morph.removal import Remover, checks_of
 from morph.shaking import SHAKEN, shaken
 
 torch.manual_seed(0)
@@ -61,7 +60,7 @@ def test_a_wrong_cut_behind_zeros_is_found():
     )
     assert any(isinstance(edit, Resize) and edit.tensor == "two.weight" for edit in wrong.edits)
     bad = dataclasses.replace(done, plan=wrong, model=morph.cut.apply_plan(model, wrong))
-    first, second = _checks(bad, model, INPUTS, analysis)
+    first, second = checks_of(bad, model, INPUTS, analysis)
     assert first.passed  # all it sees is zero
     assert not second.passed
     with pytest.raises(CheckFailedError, match="made random"):

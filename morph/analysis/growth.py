@@ -267,10 +267,7 @@ class Layout:
         projections of attention) gives those of its own factors.
         """
         labels = [self.state.atoms.find(f)[rows] for f in relation.factors]
-        if relation.grid:
-            ranks = list(np.unravel_index(rows, relation.grid))
-        else:
-            ranks = [_ranks(column) for column in labels]
+        ranks = list(np.unravel_index(rows, relation.grid)) if relation.grid else [_ranks(column) for column in labels]
         coordinates: list[Labels] = []
         found: list[Labels] = []
         for rank, column in zip(ranks, labels, strict=True):
