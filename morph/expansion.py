@@ -50,8 +50,9 @@ def expand(
     Args:
         model: The student; not touched.
         data: What to probe with: an object with ``batches(batch_size, seed)`` such as `morph.data.LabelledImages`, a
-            pair of tensors ``(inputs [N, ...], targets [N, ...])``, or an iterable of such pairs (a DataLoader), which
-            is gone through again and again.
+            pair ``(inputs, targets [N, ...])``, or an iterable of such pairs (a DataLoader), which is gone through
+            again and again. Inputs are a tensor, a tuple of arguments or a mapping of named ones, with the samples on
+            the first axis of every tensor.
         policy: Which cell grows next; see `morph.policies.decide`.
         target_params: Number of parameters wanted; give this or ``target_macs``.
         target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
