@@ -25,6 +25,7 @@ from morph.errors import CheckFailedError, EditError, PlanMismatchError, TargetE
 from morph.files import open_model, save_model
 from morph.plan import Plan, UseGraph
 from morph.pruning import prune, repaired
+from morph.removal import check_cut
 
 
 def same_bits(left: nn.Module, right: nn.Module) -> bool:
@@ -377,4 +378,4 @@ def test_whole_groups_are_cut_where_data_was_recorded():
     removed = pruning.Remover(model, x, analysis).remove({groups.name: np.array([1, 4, 6])})
     assert removed.left == ()
     assert removed.model[1].num_groups == 5
-    assert pruning.check_cut(removed, model, x, analysis).relative < 1e-12
+    assert check_cut(removed, model, x, analysis).relative < 1e-12
