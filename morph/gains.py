@@ -16,6 +16,7 @@ from morph.carriers import Form, LeftWhole
 from morph.copies import Widened, Widener, check_growth
 from morph.couplings import Coupling
 from morph.errors import EditError, TargetError
+from morph.inputs import picked, samples_in
 from morph.plan import Check, Plan, Resize
 from morph.policies import Metric
 from morph.scores import Loss
@@ -94,7 +95,7 @@ class Copier:
     ) -> None:
         self.model, self.start, self.metric, self.share = model, start, metric, share
         self._settings: dict[str, Any] = {"ignore": ignore, "form": form, "loss": loss, "batches": batches}
-        self.inputs = batches[0][0][:2]
+        self.inputs = picked(batches[0][0], slice(0, 2))
         self.analysis = analyse(model, self.inputs)
         self.unchanged = self.analysis.sizes()
         self.widener = Widener(model, self.inputs, self.analysis, form)
@@ -183,7 +184,7 @@ class Copier:
         """Size of the model with some copies."""
         before = self.unchanged
         after = count_sizes(self.analysis, self.widener.times(copies))
-        macs = (after.macs - before.macs) // len(self.inputs)
+        macs = (after.macs - before.macs) // samples_in(self.inputs)
         return Sizes(self.start.params + after.params - before.params, self.start.macs + macs)
 
     def take(self, offer: Offer) -> None:

@@ -66,7 +66,7 @@ def prune(
     Args:
         model: Any module; not touched.
         example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
-        data: Batches ``(inputs, targets)`` for the scores that look at gradients.
+        data: Batches ``(inputs, targets)`` for the scores that look at gradients; or mappings with ``labels`` in them.
         loss: Gives one value per sample from outputs and targets; cross-entropy if absent.
         steps: In how many steps to get there; scores are computed afresh before each.
         form: ``class`` for a module of the model's own class, ``graph`` for its traced graph, ``auto`` for the class

@@ -16,6 +16,7 @@ ROOT = Path(morph.__file__).parent
 ORDER = [
     "errors",
     "atomic",
+    "inputs",
     "attention",
     "label_heads",
     "window_attention",

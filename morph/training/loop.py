@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from morph.batches import round_length
 from morph.divergence import kept_at, require_finite
 from morph.errors import DataError, DivergedError, MorphError, TrainingError, TrainingStateError
+from morph.inputs import moved
 from morph.search_checkpoint import Kind, load, random_states, save, set_random_states
 from morph.search_progress import Keep
 from morph.teaching.objective import labels_of
 from morph.training.evaluation import Scores, score
 from morph.training.options import FitOptions
 from morph.training.progress import FitProgress, Fitted
-from morph.training.rounds import Batch, fine_type, moved, parts, seeded_round, share
+from morph.training.rounds import Batch, fine_type, parts, seeded_round, share
 
 STATE = Kind("training run", 1, TrainingStateError)
 
