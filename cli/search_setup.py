@@ -154,7 +154,23 @@ def _settings(
         seed=args.seed,
         asynchronous=bool(args.workers or args.join or args.storage),
         training=json.loads(json.dumps(training)),
+        ranges=_ranges(args),
     )
+
+
+def _ranges(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """What ``--range`` says.
+
+    Raises:
+        FamilyError: If a name is given twice.
+    """
+    from morph.errors import FamilyError
+
+    names = [name for name, _ in args.range]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise FamilyError(f"--range is given more than once for {twice[0]}; give both ends at once, as LOW,HIGH")
+    return dict(args.range)
 
 
 def _classes(images: LabelledImages) -> int:
