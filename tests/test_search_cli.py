@@ -278,7 +278,10 @@ def test_a_storage_elsewhere(capsys):
         (("--teacher", "teacher.pt", *FAST, "--data", "missing", "--out", "out"), "missing"),
         (("--teacher", "teacher.pt", *FAST, "--out", "data.npz"), "data.npz: is a file"),
         (("--no-kd", *FAST, "--max-params", "500", "--out", "out"), "no network meets a limit of 500 parameters"),
-        (("--no-kd", "--data", "data.npz", "--range", "depth=1,2", "--out", "out"), "there is no number depth to search"),
+        (
+            ("--no-kd", "--data", "data.npz", "--range", "depth=1,2", "--out", "out"),
+            "there is no number depth to search",
+        ),
         (("--no-kd", "--data", "data.npz", "--range", "weight=0,1", "--out", "out"), "there is no number weight to"),
         (("--no-kd", "--data", "data.npz", "--range", "top_nodes=5,3", "--out", "out"), "must be two whole numbers"),
         (("--no-kd", *FAST, "--range", "top_nodes=4", "--out", "out"), "more than once for top_nodes"),
