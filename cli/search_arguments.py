@@ -92,6 +92,12 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         "--channels-last", action="store_true", help="keep channels innermost: faster for wide networks on processors"
     )
     group.add_argument("--augment", action="store_true", help="shift and mirror the images at random")
+    group.add_argument(
+        "--cache",
+        action="store_true",
+        help="ask the teacher once for each image and keep its logits in the folder; augmented images come with what "
+        "it said of the image as it is",
+    )
 
 
 def _add_validation(parser: argparse.ArgumentParser) -> None:

@@ -284,6 +284,7 @@ def test_a_storage_elsewhere(capsys):
         ),
         (("--no-kd", "--data", "data.npz", "--range", "weight=0,1", "--out", "out"), "there is no number weight to"),
         (("--no-kd", "--data", "data.npz", "--range", "top_nodes=5,3", "--out", "out"), "must be two whole numbers"),
+        (("--no-kd", *FAST, "--cache", "--out", "out"), "--cache keeps what the teacher says"),
         (("--no-kd", *FAST, "--range", "top_nodes=4", "--out", "out"), "more than once for top_nodes"),
         (("--no-kd", *FAST, "--budget-epochs", "1,2,5", "--out", "out"), "each must be the same factor"),
         (("--no-kd", *FAST, "--lr", "-1", "--out", "out"), "lr of -1.0"),
@@ -301,6 +302,18 @@ def test_a_teacher_of_other_classes_is_refused(capsys):
     wrong = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(12, 2))
     morph.save_model(wrong, "wrong.pt", input_shape=(3, 8, 8))
     assert "classes" in bad(capsys, "--teacher", "wrong.pt", *FAST, "--out", "out")
+
+
+def test_a_cache_of_the_teacher_changes_nothing_but_the_time(capsys):
+    found = []
+    for more in ((), ("--cache",)):
+        arguments = ("--teacher", "teacher.pt", *FAST, *more, "--out", f"out{len(more)}", "--json")
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        record = json.loads(out)
+        found.append([[row["curve"] for row in record["trials"]], [row["accuracy"] for row in record["students"]]])
+    assert found[0] == found[1]
+    assert {path.name for path in Path("out1").glob("*.logits")} == {"search.logits", "students.logits"}
 
 
 def test_other_options_in_the_same_folder_are_refused(capsys):
