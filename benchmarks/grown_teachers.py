@@ -169,7 +169,7 @@ def summary(bench: Bench) -> None:
         for table, found in groups.items()
     }
     facts = {
-        "data": f"CIFAR-10 at 16x16, {IMAGES:,} images, {EPOCHS} rounds ({TEACHER_EPOCHS} for teachers), tested on 10,000",
+        "data": f"CIFAR-10 at 16x16, {IMAGES:,} images, {EPOCHS} rounds (teachers {TEACHER_EPOCHS}), tested on 10,000",
         "student": STUDENT,
     }
     path = save("grown_teachers", {**facts, "tables": tables, "runs": lines})

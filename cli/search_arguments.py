@@ -10,8 +10,13 @@ from morph.cli.model_arguments import MODEL_HELP, add_opening
 from morph.cli.numbers import share, size
 from morph.cli.running import add_device
 
-NUMBERS = ("batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "gamma")
+NUMBERS = ("batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "gamma", "channels_last")
 """What a training run of the search takes from the arguments."""
+SEARCHED = (
+    "top_nodes", "top_neighbours", "top_rewiring", "middle_nodes", "middle_probability", "bottom_nodes",
+    "bottom_neighbours", "bottom_rewiring", "temperature", "weight",
+)  # fmt: skip
+"""What is searched; here by name, as `--help` reads nothing else."""
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +60,15 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="each network is as wide as this many parameters allow, e.g. 4M (default 4M)",
     )
     group.add_argument(
+        "--range",
+        type=part_of_range,
+        action="append",
+        default=[],
+        metavar="NAME=LOW,HIGH",
+        help="search a number in a part of its range alone, or NAME=VALUE to fix it, e.g. --range top_nodes=3,5; "
+        "once for each of " + ", ".join(SEARCHED),
+    )
+    group.add_argument(
         "--seed", type=int, default=0, help="proposals, networks, order of the images, augmentation (default 0)"
     )
 
@@ -74,7 +88,16 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--step-epochs", type=positive, default=20, metavar="N", help="for step (default %(default)s)")
     group.add_argument("--gamma", type=float, default=0.5, metavar="X", help="for step and multistep (default 0.5)")
+    group.add_argument(
+        "--channels-last", action="store_true", help="keep channels innermost: faster for wide networks on processors"
+    )
     group.add_argument("--augment", action="store_true", help="shift and mirror the images at random")
+    group.add_argument(
+        "--cache",
+        action="store_true",
+        help="ask the teacher once for each image and keep its logits in the folder; augmented images come with what "
+        "it said of the image as it is",
+    )
 
 
 def _add_validation(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +185,22 @@ def budgets(text: str) -> tuple[int, ...]:
         argparse.ArgumentTypeError: If these are not whole numbers of at least one.
     """
     return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def part_of_range(text: str) -> tuple[str, tuple[float, float]]:
+    """Read ``top_nodes=3,5`` or ``temperature=4``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not a name and one or two numbers.
+    """
+    name, _, ends = text.partition("=")
+    try:
+        values = [float(end) for end in ends.split(",")]
+    except ValueError:
+        values = []
+    if not name or len(values) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; write it like top_nodes=3,5 or top_nodes=4")
+    return name, (values[0], values[-1])
 
 
 def whole(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from morph.family.fitting import FitTrain
     from morph.family.study import SearchSettings
     from morph.images import LabelledImages
+    from morph.labels import WithTargets
     from morph.training.progress import FitProgress
 
 SAMPLE = ((3, 32, 32), 10)
@@ -41,7 +43,7 @@ class Job:
         part: The images of the search.
         validation: What that is judged on.
         fabric: Where trainings run.
-        augment: Whether images are changed at random.
+        args: The arguments, which say how images are changed and what is kept.
         numbers: Of the trainings.
         student_epochs: Rounds of the students.
     """
@@ -54,7 +56,7 @@ class Job:
     part: LabelledImages
     validation: LabelledImages
     fabric: Fabric
-    augment: bool
+    args: argparse.Namespace
     numbers: dict[str, Any]
     student_epochs: int
 
@@ -75,14 +77,27 @@ class Job:
         tell: Tell,
         stop: Callable[[], bool],
     ) -> FitTrain:
-        from morph.augmentation import Augmented
+        from morph.cli.training_runs import augmented
         from morph.family.fitting import FitTrain
 
-        data = Augmented(images) if self.augment else images
+        data = self._cached(images) if self.args.cache else augmented(self.args, images)
         options = {**self.numbers, **numbers}
         return FitTrain(
             self.teacher, data, validation, epochs, fabric=self.fabric, on_progress=tell, should_stop=stop, **options
         )
+
+    def _cached(self, images: LabelledImages) -> WithTargets:
+        """The images with the teacher's logits, which the first process computes and all others read."""
+        from morph.cli.caching import cached
+
+        assert self.teacher is not None
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        path = self.args.out / ("search.logits" if images is self.part else "students.logits")
+        with (self.args.out / "logits.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            args = argparse.Namespace(**{**vars(self.args), "cache": path, "multi_channel": False})
+            found: WithTargets = cached(args, images, self.teacher, self.fabric)
+        return found
 
 
 def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
@@ -106,6 +121,10 @@ def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
         raise TeachingError("--no-kd is given beside --teacher; leave one of them out")
     if not args.no_kd and not args.teacher:
         raise TeachingError("give a teacher with --teacher MODEL, or --no-kd to learn from the labels alone")
+    if args.cache and args.no_kd:
+        raise TeachingError(
+            "--cache keeps what the teacher says, and with --no-kd there is none; leave one of them out"
+        )
     numbers = {name: getattr(args, name) for name in NUMBERS}
     FitOptions(epochs=budgets.last, seed=0, **numbers)  # refuses now what no training would take
     fabric = fabric_from(args)
@@ -120,7 +139,7 @@ def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
     teacher = opened.model if opened else None
     settings = _settings(args, budgets, teacher, classes or _classes(images), part, validation)
     return Job(
-        settings, teacher, args.teacher, images, test, part, validation, fabric, args.augment, numbers,
+        settings, teacher, args.teacher, images, test, part, validation, fabric, args, numbers,
         args.student_epochs,
     )  # fmt: skip
 
@@ -143,6 +162,7 @@ def _settings(
         "data": part.describe(),
         "validation": validation.describe(),
         "augment": args.augment,
+        "cache": args.cache,
         "precision": args.precision,
         **{name: getattr(args, name) for name in NUMBERS},
     }
@@ -154,7 +174,23 @@ def _settings(
         seed=args.seed,
         asynchronous=bool(args.workers or args.join or args.storage),
         training=json.loads(json.dumps(training)),
+        ranges=_ranges(args),
     )
+
+
+def _ranges(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """What ``--range`` says.
+
+    Raises:
+        FamilyError: If a name is given twice.
+    """
+    from morph.errors import FamilyError
+
+    names = [name for name, _ in args.range]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise FamilyError(f"--range is given more than once for {twice[0]}; give both ends at once, as LOW,HIGH")
+    return dict(args.range)
 
 
 def _classes(images: LabelledImages) -> int:

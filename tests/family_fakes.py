@@ -21,7 +21,7 @@ SMALL_RANGES = {
     "bottom_neighbours": (2, 3),
     "bottom_rewiring": (0.1, 1.0),
 }
-"""In the place of the real ranges: families of the smallest networks."""
+"""Families of the smallest networks."""
 SETTINGS = SearchSettings(TASK, Budgets((1, 2, 4)))
 
 

@@ -93,11 +93,9 @@ def test_the_objective_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_a_search_of_real_trainings(tmp_path, with_teacher, monkeypatch):
+def test_a_search_of_real_trainings(tmp_path, with_teacher):
     small = Task((3, 8, 8), 4, 7_000)
-    monkeypatch.setattr("morph.family.study.RANGES", SMALL_RANGES)
-    monkeypatch.setattr("morph.family.settings._ALLOWED", SMALL_RANGES)
-    settings = SearchSettings(small, Budgets((1, 2)), distil=with_teacher)
+    settings = SearchSettings(small, Budgets((1, 2)), distil=with_teacher, ranges=SMALL_RANGES)
     study = FamilyStudy(str(tmp_path / "journal"), settings)
     run_rounds(study, 1, trainer(with_teacher, 2), tmp_path)
     rows = study.rows()
@@ -110,10 +108,8 @@ def test_a_search_of_real_trainings(tmp_path, with_teacher, monkeypatch):
         assert row.params <= 7_000
 
 
-def test_a_learning_rate_that_diverges_fails_the_trial_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("morph.family.study.RANGES", SMALL_RANGES)
-    monkeypatch.setattr("morph.family.settings._ALLOWED", SMALL_RANGES)
-    settings = SearchSettings(TASK, Budgets((1,)))
+def test_a_learning_rate_that_diverges_fails_the_trial_alone(tmp_path):
+    settings = SearchSettings(TASK, Budgets((1,)), ranges=SMALL_RANGES)
     study = FamilyStudy(str(tmp_path / "journal"), settings)
     run_rounds(study, 2, trainer(epochs=1, lr=1e38), tmp_path)
     rows = study.rows()

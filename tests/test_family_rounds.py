@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,3 +241,51 @@ def test_a_package_that_is_missing_is_named_before_anything_is_searched(monkeypa
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(StorageError, match=rf"needs {name}, not installed; pip install torch-morph\[search\]"):
         require_packages()
+
+
+DEADLY = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import morph.family.running
+from family_fakes import SETTINGS, FakeTrain, draw_nothing
+from morph.family.rounds import run_rounds
+from morph.family.study import FamilyStudy
+
+morph.family.running.draw_network = draw_nothing
+fake = FakeTrain()
+
+def train(model, candidate, epochs, checkpoint):
+    if checkpoint.name == "trial-0-0-1.training" and not (sys.argv[3] == "further" and epochs > 1):
+        if sys.argv[3] == "further":
+            with checkpoint.open("a") as file:  # a round more is kept each time
+                file.write(" ")
+            if len(checkpoint.read_text()) == 4:
+                checkpoint.unlink()
+                return fake(model, candidate, epochs, checkpoint)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake(model, candidate, epochs, checkpoint)
+
+folder = Path(sys.argv[2])
+run_rounds(FamilyStudy(str(folder / "study.journal"), SETTINGS), 1, train, folder)
+"""
+
+
+@pytest.mark.parametrize(("how", "kills"), [("stuck", 2), ("further", 3)])
+def test_a_trial_that_kills_its_process_twice_at_the_same_place_is_given_up(tmp_path, how, kills):
+    command = [sys.executable, "-c", DEADLY, str(Path(__file__).parent), str(tmp_path), how]
+    codes = [subprocess.run(command, check=False).returncode for _ in range(kills + 1)]
+    assert codes == [-9] * kills + [0]
+    rows = FamilyStudy(str(tmp_path / "study.journal"), SETTINGS).rows()
+    assert [(row.number, row.reason) for row in rows if row.state == "failed"] == (
+        [(1, "its process was killed 2 times, perhaps for want of memory")] if how == "stuck" else []
+    )
+    assert not [row for row in rows if row.state == "running"]
+    assert len(rows) == SETTINGS.budgets.plan().configurations
+
+
+def test_being_stopped_is_no_death(tmp_path):
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            searched(tmp_path, train=FakeTrain(stop_after=0))
+    assert not [row for row in searched(tmp_path).rows() if row.state == "failed"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from family_fakes import SMALL_RANGES
 from torch import nn
 
 import morph
@@ -22,26 +21,20 @@ from morph.zoo.random_graph import RandomGraphNet
 
 pytest.importorskip("optuna")
 
+SMALLEST = tuple(
+    f"--range={name}"
+    for name in ("top_nodes=3", "top_neighbours=2,3", "middle_nodes=1,2", "bottom_nodes=3", "bottom_neighbours=2,3")
+)  # fmt: skip
 FAST = (
     "--data", "data.npz", "--budget-epochs", "1,2", "--rounds", "1", "--max-params", "8K", "--batch-size", "16",
     "--hold-out", "0.3", "--students", "2", "--student-epochs", "1", "--lr", "0.05",
+    *SMALLEST,
 )  # fmt: skip
-PATCHED = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from family_fakes import SMALL_RANGES
-import morph.family.settings, morph.family.study
-morph.family.study.RANGES = morph.family.settings._ALLOWED = SMALL_RANGES
-from morph.cli.main import main
-sys.exit(main())
-"""
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("morph.family.study.RANGES", SMALL_RANGES)
-    monkeypatch.setattr("morph.family.settings._ALLOWED", SMALL_RANGES)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(12, 3))
     morph.save_model(teacher, tmp_path / "teacher.pt", input_shape=(3, 8, 8))
@@ -90,9 +83,14 @@ def test_dry_run_tells_what_a_round_costs(capsys, budgets, numbers):
 
 
 def test_a_search_with_a_teacher_writes_everything(capsys):
-    code, out, _ = run(capsys, "--teacher", "teacher.pt", *FAST, "--out", "out", "--json")
+    limits = ("--range", "temperature=4", "--range", "weight=0.5,0.9", "--channels-last")
+    code, out, _ = run(capsys, "--teacher", "teacher.pt", *FAST, *limits, "--out", "out", "--json")
     assert code == 0
     record = json.loads(out)
+    candidates = [row["candidate"] for row in record["trials"]]
+    assert {candidate["temperature"] for candidate in candidates} == {4.0}
+    assert all(0.5 <= candidate["weight"] <= 0.9 for candidate in candidates)
+    assert {candidate["family"]["top_nodes"] for candidate in candidates} == {3}
     assert json.loads(Path("out/search.json").read_text()) == record
     assert len(record["trials"]) == record["configurations"] == 4
     assert sum(len(row["curve"]) for row in record["trials"]) == record["epochs_resumed"] == 7
@@ -111,7 +109,7 @@ def test_a_search_with_a_teacher_writes_everything(capsys):
     assert opened.input_shape == (3, 8, 8)
     assert sum(p.numel() for p in opened.model.parameters()) == record["students"][0]["measures"]["params"] <= 8000
     assert record["teacher"]["measures"]["params"] == 39
-    again, out, err = run(capsys, "--teacher", "teacher.pt", *FAST, "--out", "out", "--json")
+    again, out, err = run(capsys, "--teacher", "teacher.pt", *FAST, *limits, "--out", "out", "--json")
     assert (again, err) == (0, "")
     assert plain(json.loads(out)) == plain(record)
 
@@ -164,7 +162,7 @@ def test_a_folder_with_a_test_part(capsys):
 def test_killed_it_goes_on_and_ends_with_the_same_study(capsys):
     arguments = ["search", "--teacher", "teacher.pt", *FAST, "--students", "1"]
     assert main([*arguments, "--out", "whole"]) == 0
-    command = [sys.executable, "-c", PATCHED, str(Path(__file__).parent), *arguments, "--out", "parts"]
+    command = [sys.executable, "-m", "morph.cli.main", *arguments, "--out", "parts"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for wanted in (1, 3):  # trials in the journal when it is killed
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -186,7 +184,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_study(capsys):
 
 
 def test_interrupted_it_says_how_to_go_on():
-    command = [sys.executable, "-c", PATCHED, str(Path(__file__).parent)]
+    command = [sys.executable, "-m", "morph.cli.main"]
     command += ["search", "--teacher", "teacher.pt", *FAST, "--budget-epochs", "40,80", "--out", "out"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
@@ -203,7 +201,7 @@ def test_interrupted_it_says_how_to_go_on():
 def test_workers_search_together(capsys):
     arguments = ["--teacher", "teacher.pt", *FAST, "--students", "0", "--out", "out", "--json", "--rounds", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", PATCHED, str(Path(__file__).parent), "search", *arguments, "--join"],
+        [sys.executable, "-m", "morph.cli.main", "search", *arguments, "--join"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     code, out, _ = run(capsys, *arguments, "--workers", "1", "--beat", "0.5")
@@ -217,8 +215,8 @@ def test_workers_search_together(capsys):
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_workers_are_started_and_may_die(capsys, monkeypatch, dies):
-    code = "import sys; sys.exit(7)" if dies else PATCHED
-    monkeypatch.setattr("morph.cli.search_workers.START", (sys.executable, "-c", code, str(Path(__file__).parent)))
+    if dies:
+        monkeypatch.setattr("morph.cli.search_workers.START", (sys.executable, "-c", "import sys; sys.exit(7)"))
     arguments = ["--teacher", "teacher.pt", *FAST, "--students", "0", "--out", "out", "--workers", "2"]
     code, out, err = run(capsys, *arguments)
     assert code == 0
@@ -279,7 +277,15 @@ def test_a_storage_elsewhere(capsys):
         (("--teacher", "missing.pt", *FAST, "--out", "out"), "missing.pt"),
         (("--teacher", "teacher.pt", *FAST, "--data", "missing", "--out", "out"), "missing"),
         (("--teacher", "teacher.pt", *FAST, "--out", "data.npz"), "data.npz: is a file"),
-        (("--no-kd", *FAST, "--max-params", "1000", "--out", "out"), "no network meets a limit of 1,000 parameters"),
+        (("--no-kd", *FAST, "--max-params", "500", "--out", "out"), "no network meets a limit of 500 parameters"),
+        (
+            ("--no-kd", "--data", "data.npz", "--range", "depth=1,2", "--out", "out"),
+            "there is no number depth to search",
+        ),
+        (("--no-kd", "--data", "data.npz", "--range", "weight=0,1", "--out", "out"), "there is no number weight to"),
+        (("--no-kd", "--data", "data.npz", "--range", "top_nodes=5,3", "--out", "out"), "must be two whole numbers"),
+        (("--no-kd", *FAST, "--cache", "--out", "out"), "--cache keeps what the teacher says"),
+        (("--no-kd", *FAST, "--range", "top_nodes=4", "--out", "out"), "more than once for top_nodes"),
         (("--no-kd", *FAST, "--budget-epochs", "1,2,5", "--out", "out"), "each must be the same factor"),
         (("--no-kd", *FAST, "--lr", "-1", "--out", "out"), "lr of -1.0"),
         (("--no-kd", *FAST, "--out", "out", "--compare", "nothing"), "nothing/search.json: not the record of a search"),
@@ -298,6 +304,18 @@ def test_a_teacher_of_other_classes_is_refused(capsys):
     assert "classes" in bad(capsys, "--teacher", "wrong.pt", *FAST, "--out", "out")
 
 
+def test_a_cache_of_the_teacher_changes_nothing_but_the_time(capsys):
+    found = []
+    for more in ((), ("--cache",)):
+        arguments = ("--teacher", "teacher.pt", *FAST, *more, "--out", f"out{len(more)}", "--json")
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        record = json.loads(out)
+        found.append([[row["curve"] for row in record["trials"]], [row["accuracy"] for row in record["students"]]])
+    assert found[0] == found[1]
+    assert {path.name for path in Path("out1").glob("*.logits")} == {"search.logits", "students.logits"}
+
+
 def test_other_options_in_the_same_folder_are_refused(capsys):
     arguments = ("--no-kd", *FAST, "--students", "0", "--out", "out")
     assert run(capsys, *arguments)[0] == 0
@@ -307,7 +325,7 @@ def test_other_options_in_the_same_folder_are_refused(capsys):
 
 def test_a_search_of_failures_ends_with_the_reason(capsys):
     err = bad(capsys, "--no-kd", *FAST, "--lr", "1e38", "--students", "0", "--out", "out", code=1)
-    assert "all 4 trials failed, the first with TrainingError: the loss or a weight is not a finite number" in err
+    assert "all 4 trials failed, the first with DivergedError: the loss or a weight is not a finite number" in err
 
 
 def test_without_optuna_it_says_how_to_get_it(capsys, monkeypatch):

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from morph.family.settings import FamilySettings, settings_from
+from morph.family.settings import FamilySettings, Range, settings_from
 
-TEACHING: Mapping[str, tuple[float, float]] = {"temperature": (1.0, 10.0), "weight": (0.0, 1.0)}
+TEACHING: Mapping[str, Range] = {"temperature": (1.0, 10.0), "weight": (0.0, 1.0)}
 """Ranges of the two numbers of distillation; both ends belong to them."""
 
 

@@ -6,7 +6,8 @@ Nothing is remembered but the study: what a killed process had done is read from
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 OnChange = Callable[[], None]
+_DEATHS = 2  # of a process at the same place of a training, after which that is taken to be why
 
 
 def run_rounds(study: FamilyStudy, rounds: int, train: Train, folder: Path, on_change: OnChange = lambda: None) -> None:
@@ -56,7 +58,7 @@ def _run_bracket(
     for rung, following in zip(rungs, (*rungs[1:], None), strict=True):
         for trial in alive:
             if not trial.state.is_finished() and rung.epochs not in trial.intermediate_values:
-                train_trial(study, trial, rung.epochs, train, folder)
+                _train(study, trial, rung.epochs, train, folder)
                 tell()
         names = {trial.number for trial in alive}
         trained = [t for t in _members(study, place) if t.number in names and rung.epochs in t.intermediate_values]
@@ -67,6 +69,31 @@ def _run_bracket(
             if trial.number not in going_on:
                 _end(study, trial, folder)
         tell()
+
+
+def _train(study: FamilyStudy, trial: FrozenTrial, epochs: int, train: Train, folder: Path) -> None:
+    """Train a trial; one that has its process killed, as where memory is short, fails in the end."""
+    checkpoint = checkpoint_of(trial, folder)
+    place = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+    deaths, before = study.storage.get_trial(trial._trial_id).user_attrs.get("deaths", (0, None))
+    deaths = deaths if before == place else 0  # it got further since
+    if deaths >= _DEATHS:
+        study.fail(trial, f"its process was killed {deaths} times, perhaps for want of memory")
+        checkpoint.unlink(missing_ok=True)
+        return
+    with _survived(study, trial, deaths, place):
+        train_trial(study, trial, epochs, train, folder)
+
+
+@contextmanager
+def _survived(study: FamilyStudy, trial: FrozenTrial, deaths: int, place: int | None) -> Iterator[None]:
+    """Leave one death more behind, unless the block is left alive, be it by an error or because it was told to stop."""
+    study.note(trial, deaths=(deaths + 1, place))
+    try:
+        yield
+    finally:
+        if not study.storage.get_trial(trial._trial_id).state.is_finished():
+            study.note(trial, deaths=(deaths, place))
 
 
 def _members(study: FamilyStudy, place: tuple[int, int]) -> list[FrozenTrial]:

@@ -118,7 +118,9 @@ def found_in(study: FamilyStudy) -> FamilySearch:
         why = f"all {len(rows)} trials failed, the first with {reasons[0]}" if reasons else "no trial was trained yet"
         raise SearchError(f"there is no best family: {why}")
     budgets = study.settings.budgets.epochs
-    return FamilySearch(rows, best, rank_correlations(rows, budgets), importances(rows), overhead(rows))
+    return FamilySearch(
+        rows, best, rank_correlations(rows, budgets), importances(rows, study.settings.searched), overhead(rows)
+    )
 
 
 def require_reachable(settings: SearchSettings) -> None:
@@ -127,15 +129,25 @@ def require_reachable(settings: SearchSettings) -> None:
     Raises:
         TargetError: If not; says its parameters.
     """
-    ring: Sources = ((0,), (1,), (1, 2))  # the only one of three nodes
-    chain: Sources = ((0,), (1,), (2,))
-    params = settings.task.params(Blueprint(ring, ((chain, (ring, ring, ring)),) * 3), 1)
+    top, middle, bottom = (int(settings.searched[f"{level}_nodes"][0]) for level in ("top", "middle", "bottom"))
+    cell = (_chain(middle), (_small(bottom),) * middle)
+    params = settings.task.params(Blueprint(_small(top), (cell,) * top), 1)
     if params > settings.task.max_params:
         raise TargetError(
             f"no network meets a limit of {settings.task.max_params:,} parameters: the smallest of all families has "
             f"{params:,} for images of {'x'.join(map(str, settings.task.input_shape))} and "
             f"{settings.task.num_classes} classes"
         )
+
+
+def _chain(nodes: int) -> Sources:
+    """A graph that no connected one of so many nodes has fewer parameters than."""
+    return tuple((node,) for node in range(nodes))
+
+
+def _small(nodes: int) -> Sources:
+    """The same of Watts-Strogatz graphs, whose only one of three nodes is a ring."""
+    return ((0,), (1,), (1, 2)) if nodes == 3 else _chain(nodes)
 
 
 @contextmanager

@@ -8,7 +8,10 @@ from typing import Any
 
 from morph.errors import FamilyError
 
-RANGES: Mapping[str, tuple[int, int] | tuple[float, float]] = {
+Range = tuple[int, int] | tuple[float, float]
+"""The least and the largest value; both belong to it. Whole numbers stand for whole numbers alone."""
+
+RANGES: Mapping[str, Range] = {
     "top_nodes": (3, 10),
     "top_neighbours": (2, 5),
     "top_rewiring": (0.1, 1.0),
@@ -18,9 +21,10 @@ RANGES: Mapping[str, tuple[int, int] | tuple[float, float]] = {
     "bottom_neighbours": (2, 5),
     "bottom_rewiring": (0.1, 1.0),
 }
-"""What is searched; both ends belong to it. Whole numbers are searched as such."""
+"""What is searched unless something else is said."""
 
-_ALLOWED = {**RANGES, "middle_nodes": (1, 10), "middle_probability": (0.1, 1.0)}
+ALLOWED: Mapping[str, Range] = {**RANGES, "middle_nodes": (1, 10), "middle_probability": (0.1, 1.0)}
+"""What the numbers may be at all."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class FamilySettings:
     bottom_rewiring: float
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _ALLOWED.items():
+        for name, (low, high) in ALLOWED.items():
             value = getattr(self, name)
             whole = isinstance(low, int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
@@ -77,3 +81,27 @@ def settings_from(values: Mapping[str, Any]) -> FamilySettings:
     if wrong:
         raise FamilyError(f"a family needs the numbers {', '.join(RANGES)}: {'; '.join(wrong)}")
     return FamilySettings(**values)
+
+
+def checked_range(name: str, ends: tuple[float, float], allowed: Mapping[str, Range] = ALLOWED) -> Range:
+    """A part of what a number may be, to search that alone; the same number twice fixes it.
+
+    Args:
+        name: Of the number.
+        ends: The least and the largest value.
+        allowed: What numbers may be; by default those of a family.
+
+    Raises:
+        FamilyError: If there is no such number, or the range is empty, reaches too far or is not of its kind.
+    """
+    if name not in allowed:
+        raise FamilyError(f"there is no number {name} to search; these are: {', '.join(allowed)}")
+    low, high = allowed[name]
+    whole = isinstance(low, int)
+    if not low <= ends[0] <= ends[1] <= high or (whole and any(end != int(end) for end in ends)):
+        kind = "two whole numbers" if whole else "two numbers"
+        raise FamilyError(
+            f"the range of {name} must be {kind} from {low} to {high}, the smaller one first, got "
+            f"{ends[0]:g},{ends[1]:g}"
+        )
+    return (int(ends[0]), int(ends[1])) if whole else (float(ends[0]), float(ends[1]))

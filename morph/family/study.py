@@ -14,7 +14,7 @@ from morph.errors import SearchStateError, StorageError
 from morph.family.budgets import Budgets
 from morph.family.candidate import TEACHING, Candidate, Outcome, TrialRow
 from morph.family.generator import Task
-from morph.family.settings import RANGES, FamilySettings
+from morph.family.settings import ALLOWED, RANGES, FamilySettings, Range, checked_range
 from morph.family.storage import open_storage, quiet, require_packages
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class SearchSettings:
         asynchronous: Whether many workers share the study, instead of brackets that run in their order.
         training: Everything else that decides what an accuracy means, such as the data and the learning rate; plain
             values.
+        ranges: Which part of its range a number is searched in, by its name, where that is not all of it.
+
+    Raises:
+        FamilyError: As `morph.family.settings.checked_range`.
     """
 
     task: Task
@@ -49,6 +53,21 @@ class SearchSettings:
     seed: int = 0
     asynchronous: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.searched  # noqa: B018  (refuses wrong ranges)
+
+    @property
+    def searched(self) -> dict[str, Range]:
+        """All numbers that are searched, with their ranges."""
+        teaching = TEACHING if self.distil else {}
+        allowed = {**ALLOWED, **teaching}
+        return {
+            **RANGES,
+            **teaching,
+            **{name: checked_range(name, ends, allowed) for name, ends in self.ranges.items()},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,7 +93,7 @@ class FamilyStudy:
         self.storage: BaseStorage = open_storage(where)
         self.study = _open_study(self.storage, name, where)
         self.id = self.study._study_id
-        self._distributions = _distributions(settings.distil)
+        self._distributions = _distributions(settings.searched)
         found = self.study.user_attrs.get(_SETTINGS)
         if found is None:
             self.study.set_user_attr(_SETTINGS, settings.to_json())
@@ -172,11 +191,15 @@ def candidate_of(trial: FrozenTrial) -> Candidate:
     return Candidate(family, trial.user_attrs["seed"], trial.params.get("temperature"), trial.params.get("weight"))
 
 
-def importances(rows: Iterable[TrialRow]) -> dict[str, float]:
+def importances(rows: Iterable[TrialRow], searched: Mapping[str, Range] | None = None) -> dict[str, float]:
     """How much each searched number matters, as shares of one, the largest first.
 
     Measured by PED-ANOVA (Watanabe et al., IJCAI 2023) at the largest budget that twenty trials reached, or else at the
     smallest. Empty where there are too few, or all are equal.
+
+    Args:
+        rows: The trials.
+        searched: The numbers and the ranges that they were searched in; by default the full ones.
     """
     require_packages()
     import optuna
@@ -190,7 +213,8 @@ def importances(rows: Iterable[TrialRow]) -> dict[str, float]:
         return {}
     with quiet():
         study = optuna.create_study(direction="maximize")
-        distributions = _distributions(used[0].candidate.temperature is not None)
+        full = {**RANGES, **(TEACHING if used[0].candidate.temperature is not None else {})}
+        distributions = _distributions(searched or full)
         for row in used:
             values = asdict(row.candidate.family) | asdict(row.candidate)
             params = {name: values[name] for name in distributions}
@@ -201,14 +225,13 @@ def importances(rows: Iterable[TrialRow]) -> dict[str, float]:
     return {name: share for name, share in sorted(found.items(), key=lambda item: -item[1]) if math.isfinite(share)}
 
 
-def _distributions(distil: bool) -> dict[str, BaseDistribution]:
-    """What is searched."""
+def _distributions(searched: Mapping[str, Range]) -> dict[str, BaseDistribution]:
+    """What is searched, as Optuna has it."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    ranges = {**RANGES, **(TEACHING if distil else {})}
     return {
         name: IntDistribution(int(low), int(high)) if isinstance(low, int) else FloatDistribution(low, high)
-        for name, (low, high) in ranges.items()
+        for name, (low, high) in searched.items()
     }
 
 
