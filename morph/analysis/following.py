@@ -23,6 +23,7 @@ from morph.analysis.recording import (
     values_in,
     without_data,
 )
+from morph.inputs import plain
 
 Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have after the cut
 
@@ -40,7 +41,7 @@ def follows(model: nn.Module, inputs: Inputs, recording: Recording, shape: Shape
         shape: The shape expected of each tensor.
     """
     follower = _Follower(recording.calls[: recording.evaluated], shape)
-    args, kwargs = arguments_of(pytree.tree_map_only(Tensor, without_data, inputs))
+    args, kwargs = arguments_of(pytree.tree_map_only(Tensor, without_data, plain(inputs)))
     try:
         with _quick(recording, follower), torch.no_grad(), plain_attention(), follower:
             model(*args, **kwargs)
