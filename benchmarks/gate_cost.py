@@ -3,7 +3,8 @@
     python benchmarks/gate_cost.py            # writes results/gate_cost_*.json
 
 Both run the frozen teacher, the student's forward and backward pass and a step of SGD; with gates there are the gates
-besides, and their step of APG. Time is a ratio within one run, memory the peak of a process of its own.
+besides, and their step of APG. Time is a ratio within one run. Memory is the peak of what PyTorch allocates in a step,
+above the weights and momenta that are there before, and the peak of a process of its own, which is less exact.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from machine import compare_costs
+from machine import compare_costs, tensor_peak
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -62,5 +63,10 @@ def works(name: str) -> dict[str, Callable[[], object]]:
     }
 
 
+def memory(name: str) -> dict[str, object]:
+    """Peak of the tensors of each piece of work."""
+    return {"peak_tensors_mb": {work: round(tensor_peak(run), 2) for work, run in works(name).items()}}
+
+
 if __name__ == "__main__":
-    compare_costs(__file__, "gate_cost", CASES, works)
+    compare_costs(__file__, "gate_cost", CASES, works, memory)

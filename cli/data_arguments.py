@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from morph.cli.model_arguments import expected_from
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from morph.batches import Batch
     from morph.data import LabelledImages
     from morph.files import OpenedModel
 
@@ -152,7 +151,7 @@ def note_classes(data: LabelledImages, num_classes: int | None) -> None:
 
 def data_for_scores(
     args: argparse.Namespace, opened: OpenedModel, needed: bool
-) -> tuple[list[tuple[Tensor, Tensor]] | None, dict[str, object]]:
+) -> tuple[list[Batch] | None, dict[str, object]]:
     """The batches of `add_data` and `add_probe_batches` if the score looks at data, and what a record says of them.
 
     Raises:

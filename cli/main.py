@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": "replay the record of a surgery on a model file",
     "report": "count parameters and multiply-adds, of one model or of two side by side",
     "draw": "draw the graph of a model, block by block",
+    "attention": "draw where networks look, side by side",
     "convert": "write a model in another file format",
     "zoo": "list the models that are known by name",
 }
@@ -28,7 +29,8 @@ EPILOG = """\
 MODEL is a file (our own, a pickled module of known classes, a state_dict with --arch, an exported program) or a name:
   zoo:NAME (see `morph zoo`), torchvision:NAME, timm:NAME, or package.module:callable.
 
-exit codes: 0 done; 1 a check failed or a limit was missed; 2 bad input; 130 interrupted.
+exit codes: 0 done; 1 a check failed, a limit was missed, or a run did (its loss is no number any more); 2 bad input;
+  130 interrupted.
 Results go to stdout, progress to stderr. NO_COLOR is respected."""
 
 

@@ -51,9 +51,16 @@ def show_form(record: Mapping[str, Any]) -> None:
 
     why = f"a traced graph: {record['why_graph']}" if record["form"] == "graph" else "the model's own class"
     console.line(f"form           {why}")
+    config = record.get("config")  # of a model of transformers
+    if config:
+        console.line(f"config         {config if isinstance(config, str) else _changes(config)}")
     if record["unknown_operators"]:
         named = ", ".join(f"{name} ({times})" for name, times in record["unknown_operators"].items())
         console.line(f"no rule for    {named}: what they touch stays whole")
+
+
+def _changes(config: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in config.items())
 
 
 def show_left(items: Sequence[Mapping[str, Any]], what: str) -> None:

@@ -14,9 +14,8 @@ from morph.cli.training_arguments import add_training, options_from
 from morph.cli.training_data import training_data
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from morph.files import OpenedModel
+    from morph.inputs import Inputs
     from morph.plan import Plan
 
 EPILOG = f"""\
@@ -106,7 +105,7 @@ def open_model(args: argparse.Namespace) -> OpenedModel:
     return opened
 
 
-def put_label_head(args: argparse.Namespace, opened: OpenedModel, sample: Tensor) -> tuple[OpenedModel, Plan | None]:
+def put_label_head(args: argparse.Namespace, opened: OpenedModel, sample: Inputs) -> tuple[OpenedModel, Plan | None]:
     """The model with a head for multi-channel labels if asked for, and how it got it.
 
     Raises:

@@ -32,6 +32,7 @@ from morph.plan import (
     Reroute,
     Resize,
     SetAttribute,
+    SetConfig,
     SetConstant,
     SplitAt,
     UseGraph,
@@ -271,6 +272,7 @@ def _final(shape: Shape, edits: Sequence[TensorEdit]) -> Shape:
 def _model_changes(plan: Plan) -> tuple[str, ...]:
     """The edits that concern no tensor, in words."""
     sizes = [f"{e.module}.{e.attribute}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetAttribute)]
+    sizes += [f"config.{e.setting}: {e.value} -> {e.new}" for e in plan.edits if isinstance(e, SetConfig)]
     sizes += [
         f"{e.module}: {e.num_heads} heads of {e.head_dim} -> {e.to} of {e.sizes}, as one of free sizes"
         for e in plan.edits

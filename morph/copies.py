@@ -14,10 +14,12 @@ from morph.analysis.growth import Growth, Layout, copied
 from morph.analysis.recording import Inputs
 from morph.carriers import Altered, Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
+from morph.cut import apply_plan
 from morph.errors import EditError
 from morph.fitting import Misfit
 from morph.plan import Check, Resize
 from morph.removal import LIMIT, compare
+from morph.shaking import named_shaken, shaken
 from morph.verify import precision
 from morph.zeroing import run_doubled
 
@@ -168,7 +170,15 @@ class Widener:
         return ranked[0] if ranked else None
 
 
-def check_growth(widened: Widened, model: nn.Module, inputs: Inputs) -> Check:
-    """Compare a wider model with the model before, in float64 and evaluation mode."""
+def check_growth(widened: Widened, model: nn.Module, inputs: Inputs) -> tuple[Check, ...]:
+    """Compare a wider model with the model before, in float64 and evaluation mode.
+
+    Where weights are all zero, both are compared on random ones in their place too.
+    """
     limit = max(LIMIT, precision(model))
-    return compare("outputs", run_doubled(model, inputs), widened.model, inputs, limit)
+    checks = [compare("outputs", run_doubled(model, inputs), widened.model, inputs, limit)]
+    twin = shaken(model)
+    if twin is not None:
+        wider = apply_plan(twin, widened.plan)
+        checks.append(named_shaken(compare("outputs", run_doubled(twin, inputs), wider, inputs, limit)))
+    return tuple(checks)

@@ -33,6 +33,7 @@ from morph.plan import (
     Reroute,
     Resize,
     SetAttribute,
+    SetConfig,
     SetConstant,
     SplitAt,
     Substitute,
@@ -40,7 +41,7 @@ from morph.plan import (
     UseGraph,
 )
 from morph.rerouting import SHIFT, drop_branches, reroute
-from morph.resizing import resized, set_attributes
+from morph.resizing import resized, set_attributes, set_config
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -92,6 +93,8 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
     """Apply edits of one kind, in place."""
     if kind is SetAttribute:
         set_attributes(grown, edits)
+    elif kind is SetConfig:
+        set_config(grown, edits)
     elif kind is FreeAttention:
         free_attention(grown, edits)
     elif kind is SetConstant:

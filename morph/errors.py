@@ -91,6 +91,12 @@ class TrainingStateError(MorphError):
     """The saved state of a training run cannot be read, or is of another run."""
 
 
+class DivergedError(TrainingError, SearchError):
+    """A loss, a weight or an output is not a finite number any more; the text says where the last good state is."""
+
+    exit_code = 1
+
+
 class TeachingError(MorphError):
     """A teacher, a student and what shall be taught do not fit together, or a number of a loss is out of its range."""
 

@@ -13,6 +13,7 @@ from morph.batches import Batch, Data, choose_target, describe_data, stream_batc
 from morph.blocks import Cell, find_cells
 from morph.counts import Counts, count
 from morph.errors import NothingToGrowError, TargetError
+from morph.inputs import picked
 from morph.passes.regroup import Left, grouped_convolutions
 from morph.plan import Plan, Record, Reinitialise
 from morph.policies import Fit, Grouped, Ledger, Metric, Policy, Step, decide
@@ -49,8 +50,9 @@ def expand(
     Args:
         model: The student; not touched.
         data: What to probe with: an object with ``batches(batch_size, seed)`` such as `morph.data.LabelledImages`, a
-            pair of tensors ``(inputs [N, ...], targets [N, ...])``, or an iterable of such pairs (a DataLoader), which
-            is gone through again and again.
+            pair ``(inputs, targets [N, ...])``, or an iterable of such pairs (a DataLoader), which is gone through
+            again and again. Inputs are a tensor, a tuple of arguments or a mapping of named ones, with the samples on
+            the first axis of every tensor.
         policy: Which cell grows next; see `morph.policies.decide`.
         target_params: Number of parameters wanted; give this or ``target_macs``.
         target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
@@ -85,9 +87,9 @@ def expand(
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
     stream = stream_batches(data, batch_size, seed, next(model.parameters()).device)
     batch = next(stream)
-    traced = trace(model, batch[0][:2])
+    traced = trace(model, picked(batch[0], slice(0, 2)))
     cells = find_cells(traced, at)
-    before = count(model, batch[0][:1])
+    before = count(model, picked(batch[0], slice(0, 1)))
     convs, left = find_growable(traced, cells, before)
     _check_growable(convs, left)
     ledger = Ledger(convs, before.params, before.macs)

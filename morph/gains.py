@@ -16,7 +16,8 @@ from morph.carriers import Form, LeftWhole
 from morph.copies import Widened, Widener, check_growth
 from morph.couplings import Coupling
 from morph.errors import EditError, TargetError
-from morph.plan import Plan, Resize
+from morph.inputs import picked, samples_in
+from morph.plan import Check, Plan, Resize
 from morph.policies import Metric
 from morph.scores import Loss
 from morph.unit_scores import score_units
@@ -94,7 +95,7 @@ class Copier:
     ) -> None:
         self.model, self.start, self.metric, self.share = model, start, metric, share
         self._settings: dict[str, Any] = {"ignore": ignore, "form": form, "loss": loss, "batches": batches}
-        self.inputs = batches[0][0][:2]
+        self.inputs = picked(batches[0][0], slice(0, 2))
         self.analysis = analyse(model, self.inputs)
         self.unchanged = self.analysis.sizes()
         self.widener = Widener(model, self.inputs, self.analysis, form)
@@ -183,7 +184,7 @@ class Copier:
         """Size of the model with some copies."""
         before = self.unchanged
         after = count_sizes(self.analysis, self.widener.times(copies))
-        macs = (after.macs - before.macs) // len(self.inputs)
+        macs = (after.macs - before.macs) // samples_in(self.inputs)
         return Sizes(self.start.params + after.params - before.params, self.start.macs + macs)
 
     def take(self, offer: Offer) -> None:
@@ -204,7 +205,11 @@ class Copier:
             widened = self.widener.widen(self.copies)
             failed = list(widened.left)
             shared = [n for n in self.copies if self.analysis.couplings[n].overlaps]
-            if shared and not failed and not check_growth(widened, self.model, self.inputs).passed:
+            if (
+                shared
+                and not failed
+                and not all(check.passed for check in check_growth(widened, self.model, self.inputs))
+            ):
                 failed = [LeftWhole(n, 0, "copies do not line up after its reshapes (measured)") for n in shared]
             if not failed:
                 return widened
@@ -258,3 +263,7 @@ def unit_rows(couplings: Iterable[Coupling], plan: Plan, copied: Container[str])
             after = int(np.isin(edit.index, place.positions[:, 0]).sum())
         rows.append({"name": coupling.name, "units_before": coupling.units, "units_after": after})
     return rows
+
+
+def _same(checks: tuple[Check, ...]) -> bool:
+    return all(check.passed for check in checks)

@@ -19,6 +19,7 @@ from morph.gate_removal import bare_graph, class_plan, graph_plan, plan_removal
 from morph.gate_sites import Layout, Site, Where, lay_out
 from morph.gate_weights import Measure, saved
 from morph.graphs import graph_of
+from morph.inputs import plain
 from morph.liveness import Closing, Liveness
 from morph.norm_counts import batch_norm_operations
 from morph.passes.gates import HOME, gates_of, insert_gates
@@ -46,7 +47,7 @@ class Gated:
         self.model: fx.GraphModule = graph_of(source)
         self.sites: tuple[Site, ...] = layout.sites
         self.left: Mapping[str, str] = layout.left
-        self._source, self._inputs, self._layout, self._where = copy.deepcopy(source), inputs, layout, where
+        self._source, self._inputs, self._layout, self._where = copy.deepcopy(source), plain(inputs), layout, where
         ranks = {reader.node: reader.rank for reader in layout.bordered.readers}
         insert_gates(self.model, {site.name: (site.gates, site.taps) for site in self.sites}, ranks)
         self._liveness = Liveness(layout)

@@ -19,6 +19,7 @@ from morph.analysis.table import RULES
 from morph.fitting import Misfit
 from morph.graphs import graph_of, set_slot, slots, split_at
 from morph.heads import SizeEdit, set_sizes
+from morph.inputs import plain
 from morph.interpreter import Interpreter
 from morph.plan import Resize, SetConstant, SplitAt
 from morph.resizing import resized
@@ -39,7 +40,7 @@ class GraphFitter:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.inputs = pytree.tree_map_only(Tensor, without_data, inputs)
+        self.inputs = pytree.tree_map_only(Tensor, without_data, plain(inputs))
         self.graph = graph_of(skeleton(model))
         recording, self.values = record_nodes(self.graph, self.inputs)
         self.state: Propagation = propagate(recording, RULES)

@@ -14,6 +14,7 @@ from morph.counts import count
 from morph.cut import apply_plan
 from morph.errors import HeadError, TraceError
 from morph.head_search import FoundHead, find_heads
+from morph.inputs import Inputs, arguments_of, plain, run_on
 from morph.interpreter import Interpreter
 from morph.label_heads import MultiChannelHead, head_of, padding_for
 from morph.plan import Check, Edit, Plan, PutLabelHead, PutVotingHead, Record, UseGraph
@@ -52,7 +53,7 @@ _CALLS = {
 
 
 def put_label_head(
-    model: nn.Module, inputs: Tensor, *, channels: int = 16, kernel: int = 6, stride: int = 2, seed: int = 0
+    model: nn.Module, inputs: Inputs, *, channels: int = 16, kernel: int = 6, stride: int = 2, seed: int = 0
 ) -> Result:
     """Put a `morph.label_heads.MultiChannelHead` on the last feature map of a classifier, where its head was.
 
@@ -62,7 +63,8 @@ def put_label_head(
 
     Args:
         model: A classifier of images; not touched.
-        inputs: One batch ``[N, C, H, W]`` of two samples or more, of the size that it will be used with.
+        inputs: One batch of two samples or more, of the size that it will be used with: a tensor, a tuple of arguments
+            or a mapping of named ones.
         channels: Channels of each class.
         kernel: Side of the filters.
         stride: Their stride.
@@ -78,7 +80,7 @@ def put_label_head(
         TraceError: The model does not accept ``inputs`` or cannot be traced.
         CheckFailedError: The outputs are something else.
     """
-    try_inputs(model, (inputs,))
+    try_inputs(model, *arguments_of(inputs))
     _check_seed(seed)
     head = find_heads(model, inputs)[0]
     traced = trace(model, inputs)
@@ -104,12 +106,12 @@ def put_label_head(
     raise AssertionError("there is always a last way")
 
 
-def put_voting_head(model: nn.Module, inputs: Tensor, *, channels: int = 16, seed: int = 0) -> Result:
+def put_voting_head(model: nn.Module, inputs: Inputs, *, channels: int = 16, seed: int = 0) -> Result:
     """Put a `morph.label_heads.VotingHead` in the place of a linear classifier.
 
     Args:
         model: A classifier; not touched.
-        inputs: One batch of two samples or more.
+        inputs: One batch of two samples or more: a tensor, a tuple of arguments or a mapping of named ones.
         channels: Channels of each class.
         seed: Of the fresh weights.
 
@@ -120,7 +122,7 @@ def put_voting_head(model: nn.Module, inputs: Tensor, *, channels: int = 16, see
         HeadError: There is no classifier, it is no linear layer, or something follows it; says why.
         TraceError: The model does not accept ``inputs``.
     """
-    try_inputs(model, (inputs,))
+    try_inputs(model, *arguments_of(inputs))
     _check_seed(seed)
     if channels < 1:
         raise HeadError(f"{channels} channels; give 1 or more")
@@ -133,7 +135,7 @@ def put_voting_head(model: nn.Module, inputs: Tensor, *, channels: int = 16, see
     twin = copy.deepcopy(changed).double().eval()
     head_of(twin).register_forward_hook(lambda module, args, output: captured.append(output))
     with torch.no_grad(), in_float64():
-        twin(doubled(inputs))
+        run_on(twin, doubled(plain(inputs)))
     checks = (compare("votes", captured, changed, inputs, LIMIT),)
     if not checks[0].passed:
         raise HeadError(
@@ -153,7 +155,7 @@ def _result(
     command: str,
     model: nn.Module,
     changed: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     plan: Plan,
     options: dict[str, int],
     checks: tuple[Check, ...],

@@ -19,6 +19,7 @@ from morph.cut import apply_plan
 from morph.errors import NothingToGrowError, ProbeError, TargetError
 from morph.expansion import cell_row, find_growable
 from morph.gains import Copier, GainStep, unit_rows
+from morph.inputs import picked
 from morph.plan import Plan, Record
 from morph.policies import Ledger, Metric, Step
 from morph.scores import FisherProbe, Loss, cross_entropy
@@ -101,7 +102,7 @@ def grow_by_gain(
         raise TargetError(f"share must be in (0, 1] and probe_batches at least 1, got {share} and {probe_batches}")
     batches = take_batches(data, probe_batches, batch_size, seed, next(model.parameters()).device)
     inputs = batches[0][0]
-    traced, before = trace(model, inputs[:2]), count(model, inputs[:1])
+    traced, before = trace(model, picked(inputs, slice(0, 2))), count(model, picked(inputs, slice(0, 1)))
     if target <= getattr(before, metric):
         present = f"the {getattr(before, metric):,} that the model has"
         raise TargetError(f"the target of {target:,} {metric} is not above {present}; growing only adds")
@@ -116,7 +117,7 @@ def grow_by_gain(
     steps = [*_told(growth.merges, before, metric), *(growth.copier.steps if growth.widened else ())]
     for step in steps:
         on_step(step)
-    done = operate(model, plan, inputs[:COMPARED], verify=verify)
+    done = operate(model, plan, picked(inputs, slice(0, COMPARED)), verify=verify)
     final = {module: groups for step in growth.merges for module, groups in step.groups.items()}
     skipped = [(item.name, item.reason) for item in left]
     skipped += [(item.coupling, item.reason) for item in growth.copier.left]

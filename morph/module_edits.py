@@ -42,3 +42,18 @@ class FreeAttention:
     head_dim: int
     to: int
     sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """Give the configuration that a model of transformers carries another size.
+
+    Attributes:
+        setting: Its name; dots lead into configurations inside.
+        value: What it was, by which a plan knows its model.
+        new: What it becomes.
+    """
+
+    setting: str
+    value: int
+    new: int

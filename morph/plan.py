@@ -18,6 +18,7 @@ from morph.graph_edits import SplitAt as SplitAt
 from morph.graph_edits import UseGraph as UseGraph
 from morph.module_edits import FreeAttention as FreeAttention
 from morph.module_edits import SetAttribute as SetAttribute
+from morph.module_edits import SetConfig as SetConfig
 from morph.random_edits import Perturb as Perturb
 from morph.random_edits import PutLabelHead as PutLabelHead
 from morph.random_edits import PutVotingHead as PutVotingHead
@@ -99,6 +100,7 @@ Edit = (
     | PutLabelHead
     | PutVotingHead
     | SetAttribute
+    | SetConfig
     | FreeAttention
     | UseGraph
     | SetConstant
@@ -117,6 +119,7 @@ _KINDS: dict[str, type[Edit]] = {
     "putlabelhead": PutLabelHead,
     "putvotinghead": PutVotingHead,
     "setattribute": SetAttribute,
+    "setconfig": SetConfig,
     "freeattention": FreeAttention,
     "usegraph": UseGraph,
     "setconstant": SetConstant,
@@ -203,6 +206,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "attribute": lambda value: isinstance(value, str) and value.isidentifier(),
     "value": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
     "new": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
+    "setting": lambda value: isinstance(value, str) and all(part.isidentifier() for part in value.split(".")),
     "front": lambda value: value == "symbolic",
     "node": lambda value: isinstance(value, str),
     "slot": lambda value: isinstance(value, str) and value.startswith(("args.", "kwargs.")),

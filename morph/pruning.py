@@ -17,8 +17,9 @@ from morph.carriers import Form
 from morph.couplings import Choice, Coupling
 from morph.errors import ProbeError, TargetError
 from morph.garbage import uncollected
+from morph.model_config import with_config
 from morph.plan import Check, Edit, Plan, Record
-from morph.removal import Removed, Remover, check_cut, promise
+from morph.removal import Removed, Remover, checks_of, promise
 from morph.selection import Heads, Normalise, Ranking, choose_families, choose_units, matches, schedule
 from morph.surgery import Result, environment
 from morph.unit_scores import GRADIENT, Score, score_units
@@ -65,7 +66,7 @@ def prune(
     Args:
         model: Any module; not touched.
         example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
-        data: Batches ``(inputs, targets)`` for the scores that look at gradients.
+        data: Batches ``(inputs, targets)`` for the scores that look at gradients; or mappings with ``labels`` in them.
         loss: Gives one value per sample from outputs and targets; cross-entropy if absent.
         steps: In how many steps to get there; scores are computed afresh before each.
         form: ``class`` for a module of the model's own class, ``graph`` for its traced graph, ``auto`` for the class
@@ -123,18 +124,19 @@ def _prune(
     checks: list[Check] = []
     removed: list[Removed] = []
     now, analysis, size = model, first, _per_sample(before, batch)
+    cutter = _Cutter(example_inputs, data, loss, form)
     verified = "not verified: switched off"
     for number, target in enumerate(_targets(asked, before, batch, steps), 1):
         analysis = analyse(now, example_inputs) if number > 1 else first
-        done = _reach(now, example_inputs, analysis, target, data, loss, form)
+        done = cutter.reach(now, analysis, target)
         if verify and not on_meta(now):
             try:
-                check = check_cut(done, now, example_inputs, analysis)
+                found = checks_of(done, now, example_inputs, analysis)
             except RuntimeError:  # code that does other things where there is no data
                 analysis = analyse(now, example_inputs, with_data=True)
-                done = _reach(now, example_inputs, analysis, target, data, loss, form)
-                check = check_cut(done, now, example_inputs, analysis)
-            checks.append(check)
+                done = cutter.reach(now, analysis, target)
+                found = checks_of(done, now, example_inputs, analysis)
+            checks += found
             require(tuple(checks))
             verified = promise(done, analysis)
         elif verify:
@@ -143,6 +145,10 @@ def _prune(
         removed.append(done)
         now, size = done.model, _per_sample(analysis.sizes(done.choice), batch)
         on_step(number, size)
+    config: dict[str, Any] = {}
+    if checks:
+        now, settings, config = with_config(model, now, example_inputs)
+        edits += settings
     record = Record(
         command="prune",
         options={**_options(asked), "steps": steps, "form": form, "verify": verify},
@@ -150,33 +156,63 @@ def _prune(
         before=asdict(_per_sample(before, batch)),
         after=asdict(size),
         checks=tuple(checks),
-        details={"weight_preserving": False, "verified": verified, **_details(first, removed)},
+        details={"weight_preserving": False, "verified": verified, **_details(first, removed), **config},
         environment=environment(model, example_inputs),
     )
     return Result(now, record)
 
 
-def _reach(
-    model: nn.Module,
-    inputs: Inputs,
-    analysis: Analysis,
-    asked: Request,
-    data: Iterable[tuple[Any, Any]] | None,
-    loss: Loss | None,
-    form: Form,
-) -> Removed:
-    """Cut until the target is met: what had to be left whole is made up for elsewhere.
+@dataclasses.dataclass(frozen=True)
+class _Cutter:
+    """How models are scored and cut, in all steps alike; see `prune`."""
 
-    Raises:
-        TargetError: If the rest is not enough; says the nearest that can be reached.
-    """
-    found = _step(model, inputs, analysis, asked, data, loss, form)
-    done, left = found, found.left
-    while found.left and _over(asked, _per_sample(analysis.sizes(found.choice), batch_of(inputs))) > 0:
-        asked = dataclasses.replace(asked, ignore=(*asked.ignore, *sorted({item.coupling for item in found.left})))
-        found = _step(model, inputs, analysis, asked, data, loss, form)
-        left = (*left, *found.left)
-    return found if found is done else dataclasses.replace(found, left=left)
+    inputs: Inputs
+    data: Iterable[tuple[Any, Any]] | None
+    loss: Loss | None
+    form: Form
+
+    def reach(self, model: nn.Module, analysis: Analysis, asked: Request) -> Removed:
+        """Cut until the target is met: what had to be left whole is made up for elsewhere.
+
+        Raises:
+            TargetError: If the rest is not enough; says the nearest that can be reached.
+        """
+        found = self.cut(model, analysis, asked)
+        done, left = found, found.left
+        batch = batch_of(self.inputs)
+        while found.left and _over(asked, _per_sample(analysis.sizes(found.choice), batch)) > 0:
+            asked = dataclasses.replace(asked, ignore=(*asked.ignore, *sorted({item.coupling for item in found.left})))
+            found = self.cut(model, analysis, asked)
+            left = (*left, *found.left)
+        return found if found is done else dataclasses.replace(found, left=left)
+
+    def cut(self, model: nn.Module, analysis: Analysis, asked: Request) -> Removed:
+        """Score, choose and cut once."""
+        couplings = [
+            c
+            for c in choose_families(list(analysis.couplings.values()), asked.heads)
+            if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
+        ]
+        require_values(model, asked.score)
+        scores = score_units(
+            model, couplings, asked.score, inputs=self.inputs, data=self.data, loss=self.loss, seed=asked.seed
+        )
+        batch = batch_of(self.inputs)
+        choice = choose_units(
+            couplings,
+            scores,
+            lambda chosen: _per_sample(analysis.sizes(chosen), batch),
+            ratio=asked.ratio,
+            target_params=asked.target_params,
+            target_macs=asked.target_macs,
+            ranking=asked.ranking,
+            minimum=asked.minimum,
+            multiple=asked.multiple,
+            normalise=asked.normalise,
+            ratios=asked.ratios,
+            heads=asked.heads,
+        )
+        return Remover(model, self.inputs, analysis, self.form).remove(repaired(analysis, choice, scores))
 
 
 def _over(asked: Request, size: Sizes) -> float:
@@ -184,41 +220,6 @@ def _over(asked: Request, size: Sizes) -> float:
     if asked.target_params is not None:
         return size.params - asked.target_params
     return size.macs - asked.target_macs if asked.target_macs is not None else 0.0
-
-
-def _step(
-    model: nn.Module,
-    inputs: Inputs,
-    analysis: Analysis,
-    asked: Request,
-    data: Iterable[tuple[Any, Any]] | None,
-    loss: Loss | None,
-    form: Form,
-) -> Removed:
-    """Score, choose and cut once."""
-    couplings = [
-        c
-        for c in choose_families(list(analysis.couplings.values()), asked.heads)
-        if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
-    ]
-    require_values(model, asked.score)
-    scores = score_units(model, couplings, asked.score, inputs=inputs, data=data, loss=loss, seed=asked.seed)
-    batch = batch_of(inputs)
-    choice = choose_units(
-        couplings,
-        scores,
-        lambda chosen: _per_sample(analysis.sizes(chosen), batch),
-        ratio=asked.ratio,
-        target_params=asked.target_params,
-        target_macs=asked.target_macs,
-        ranking=asked.ranking,
-        minimum=asked.minimum,
-        multiple=asked.multiple,
-        normalise=asked.normalise,
-        ratios=asked.ratios,
-        heads=asked.heads,
-    )
-    return Remover(model, inputs, analysis, form).remove(repaired(analysis, choice, scores))
 
 
 def repaired(analysis: Analysis, choice: Choice, scores: Mapping[str, Tensor]) -> Choice:

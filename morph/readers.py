@@ -18,6 +18,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.borders import Border
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, without_data
+from morph.inputs import plain
 from morph.passes.gates import input_axis
 
 Mask = NDArray[np.bool_]
@@ -91,7 +92,7 @@ def graphed(graph: fx.GraphModule, inputs: Inputs) -> Graphed:
     Raises:
         AnalysisError: If a rule does not fit its operator.
     """
-    bare = pytree.tree_map_only(Tensor, without_data, inputs)
+    bare = pytree.tree_map_only(Tensor, without_data, plain(inputs))
     recording, values = record_nodes(graph, bare, (Border,))
     analysis = analysis_of(recording, frozenset(name for name, _ in graph.named_parameters()))
     unread: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from morph.analysis.recording import Inputs, named_tensors
 from morph.analysis.tags import values_in
 from morph.carriers import Altered, Carried, Carrier, Form, LeftWhole
 from morph.couplings import Choice
+from morph.cut import apply_plan
 from morph.errors import CheckFailedError, EditError
 from morph.fitting import Misfit
 from morph.garbage import uncollected
 from morph.plan import Check, Resize
+from morph.shaking import named_shaken, shaken
 from morph.zeroing import run_doubled, run_zeroed
 
 LIMIT = 1e-9
@@ -126,6 +129,16 @@ def check_cut(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Anal
     """Compare a cut model with the model before; see `compare_cut`."""
     edits = [edit for edit in removed.plan.edits if isinstance(edit, Resize)]
     return compare_cut(removed.model, edits, removed.times, model, inputs, analysis, limit)
+
+
+def checks_of(removed: Removed, model: nn.Module, inputs: Inputs, analysis: Analysis) -> list[Check]:
+    """Compare a cut model with the model before; where weights are all zero, on random ones in their place too."""
+    checks = [check_cut(removed, model, inputs, analysis)]
+    twin = shaken(model)
+    if twin is not None:
+        cut = dataclasses.replace(removed, model=apply_plan(twin, removed.plan))
+        checks.append(named_shaken(check_cut(cut, twin, inputs, analysis)))
+    return checks
 
 
 def compare_cut(

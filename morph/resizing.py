@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.recording import named_modules, named_tensors
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
-from morph.plan import Resize, SetAttribute
+from morph.plan import Resize, SetAttribute, SetConfig
 from morph.tracing import evaluation
 
 
@@ -118,6 +119,23 @@ def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
             )
         setattr(module, edit.attribute, edit.new)
         _tell(module)
+
+
+def set_config(model: nn.Module, edits: Sequence[SetConfig]) -> None:
+    """Give a model's configuration its new sizes, in place.
+
+    Raises:
+        PlanMismatchError: If the configuration is not what the plan was made for.
+    """
+    for edit in edits:
+        *path, name = edit.setting.split(".")
+        owner = functools.reduce(lambda at, step: getattr(at, step, None), path, getattr(model, "config", None))
+        present = getattr(owner, name, None)
+        if present != edit.value:
+            raise PlanMismatchError(
+                f"this plan was made for another model: config.{edit.setting} is {present!r}, the plan has {edit.value}"
+            )
+        setattr(owner, name, edit.new)
 
 
 def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Mapping[int, Labels]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +13,27 @@ from torch.nn import functional as F
 
 from morph.blocks import Cell
 from morph.errors import ProbeError
+from morph.inputs import Inputs, logits_in, run_on, samples_in
 from morph.passes.probes import insert_probes, probes_of
 from morph.tracing import Trace
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample: logits ``[N, K]`` and labels ``[N]`` give ``[N]``.
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample: logits ``[N, K]``, alone or as ``logits`` of an output, and labels give ``[N]``.
 
     Raises:
         ProbeError: If the outputs are not logits of that shape, or a label is not one of the ``K`` classes.
     """
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    logits = None if isinstance(outputs, tuple | list) else logits_in(outputs)
+    if logits is None or logits.dim() != 2:
+        got = type(outputs).__name__ if logits is None else list(logits.shape)
         raise ProbeError(
             f"the default loss needs logits of shape [N, classes], the model gives {got}; pass a loss of your own"
         )
-    classes = outputs.shape[1]
-    if targets.dtype != torch.int64 or targets.shape != outputs.shape[:1]:
+    classes = logits.shape[1]
+    if targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
         raise ProbeError(
             f"the default loss needs one int64 label per sample, got {targets.dtype} {list(targets.shape)}; pass a "
             f"loss of your own"
@@ -40,7 +43,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"labels run from {int(targets.min())} to {int(targets.max())}, the model has {classes} classes (0 to "
             f"{classes - 1})"
         )
-    return F.cross_entropy(outputs, targets, reduction="none")
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class FisherProbe:
         self.probes = probes_of(self.module)
         self.cells, self.loss = cells, loss
 
-    def scores(self, batches: Iterable[tuple[Tensor, Tensor]]) -> FisherScores:
+    def scores(self, batches: Iterable[tuple[Inputs, Tensor]]) -> FisherScores:
         """Score each channel of each cell; see `fisher`."""
         totals: dict[str, Tensor] = {}
         samples = 0
@@ -85,20 +88,20 @@ class FisherProbe:
                 for name, gradient in self._gradients(inputs, targets).items():
                     total = gradient.double().square().sum(0) / 2
                     totals[name] = totals[name] + total if name in totals else total
-                samples += len(inputs)
+                samples += samples_in(inputs)
         if not samples:
             raise ProbeError("there is no batch to probe with")
         return FisherScores({name: (total / samples).cpu() for name, total in totals.items()}, samples)
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def _gradients(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """The gradient ``g [N, C]`` of each cell's gates on one batch."""
         with torch.enable_grad():
-            values = self.loss(self.module(inputs), targets)
-            _check_loss(values, len(inputs))
+            values = self.loss(run_on(self.module, inputs), targets)
+            _check_loss(values, samples_in(inputs))
             values.sum().backward()
         found = {}
         for cell in self.cells:
-            calls = [_gradient(self.probes[node].gradient, cell, len(inputs)) for node in cell.nodes]
+            calls = [_gradient(self.probes[node].gradient, cell, samples_in(inputs)) for node in cell.nodes]
             found[cell.name] = torch.stack(calls).sum(0)
         return found
 
@@ -119,7 +122,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 def fisher(
     trace: Trace,
     cells: Sequence[Cell],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Inputs, Tensor]],
     loss: Loss = cross_entropy,
 ) -> FisherScores:
     """Score each channel of each cell by the Fisher information of a gate fixed at one.

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from morph.augmentation import Augmented
-from morph.batches import Data, one_round
+from morph.batches import Batches, Data, one_round, whole
 from morph.errors import DataError
 from morph.images import LabelledImages
+from morph.inputs import Inputs, arguments_of, picked, run_on, samples_in
 from morph.tracing import evaluation, try_inputs
 
 
-def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> Tensor:
+def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> Inputs:
     """Two samples or more on the device of the teacher, after a look at whether teacher and data fit.
 
     Raises:
@@ -21,15 +22,15 @@ def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> 
     """
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
     first = next(one_round(data, max(2, batch_size), seed, device), None)
-    if first is None or not len(first[0]):
+    if first is None or not samples_in(first[0]):
         raise DataError("the data gave no batch")
-    inputs = first[0][:2] if len(first[0]) > 1 else torch.cat([first[0]] * 2)
-    try_inputs(teacher, (inputs,))
+    inputs = picked(first[0], torch.tensor([0, min(1, samples_in(first[0]) - 1)], device=device))
+    try_inputs(teacher, *arguments_of(inputs))
     with evaluation(teacher), torch.no_grad():
-        logits = teacher(inputs)
+        logits = run_on(teacher, inputs)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the teacher gives {got}; expected logits [N, classes]")
+        raise DataError(f"the teacher gives {got}; expected logits [N, classes] and nothing else")
     check_classes(data, first[1], logits.shape[1])
     return inputs
 
@@ -55,8 +56,8 @@ def check_classes(data: Data, labels: Tensor, classes: int, model: str = "the te
                 f"{model} tells {classes} classes apart, {data.source} has {len(data.classes)}; give data of "
                 f"{model}'s classes"
             )
-    elif isinstance(data, tuple):
-        labels = data[1]
+    elif not isinstance(data, Batches) and (pair := whole(data)) is not None:
+        labels = pair[1] if isinstance(pair[1], Tensor) else pair[1][0]
     if labels.is_floating_point() or labels.dim() != 1:
         raise DataError(f"labels of {labels.dtype} and shape {tuple(labels.shape)}; expected whole numbers [N]")
     lowest, highest = int(labels.min()), int(labels.max())

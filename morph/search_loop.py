@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from morph.attaching import attach_gates
 from morph.batches import Batch, Data, one_round, round_length
+from morph.divergence import kept_at, require_finite
 from morph.errors import DataError, SearchError
+from morph.inputs import picked, run_on
 from morph.search_budget import Meter, also, close_in_order
 from morph.search_checkpoint import load, random_states, save, set_random_states
 from morph.search_losses import kl_divergence
@@ -89,7 +91,8 @@ class Search:
         """Go on until the budget is met.
 
         Raises:
-            SearchError: If the loss is not finite.
+            DivergedError: If the loss or a weight is not finite; the state that was saved last stays.
+            SearchError: If the gates that may close do not meet the budget.
             DataError: If the data ends.
             KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
         """
@@ -103,7 +106,7 @@ class Search:
                 saves = self.keep is not None and self.found.step % (self.keep.every or self.length) == 0
                 counts = self.found.step % self.options.count_every == 0
                 if last or stop or saves or counts:
-                    self._require_finite(finite, loss)
+                    require_finite(finite, loss, self.model.parameters(), self.found.step, self.keep)
                 if (last or counts) and (self._count(loss, logits, wanted, on_progress) or last):
                     return self._finish()
                 if stop or saves:
@@ -112,7 +115,7 @@ class Search:
                     raise KeyboardInterrupt
         except DataError as error:
             self.save()
-            raise DataError(f"{error}{self._kept()}") from error
+            raise DataError(f"{error}{kept_at(self.keep)}") from error
         raise AssertionError  # the batches do not end by themselves
 
     def _batches(self) -> Iterator[Batch]:
@@ -127,7 +130,7 @@ class Search:
                 collections.deque(islice(batches, skip), maxlen=0)
                 set_random_states(states)
             for x, y in batches:
-                yield x[rank::world], y[rank::world]
+                yield picked(x, slice(rank, None, world)), y[rank::world]
             if self.found.step < (number + 1) * self.length:
                 done = self.found.step - number * self.length
                 raise DataError(f"the data ended early: round {number + 1} gave {done} of {self.length} batches")
@@ -138,30 +141,16 @@ class Search:
         wanted = None
         if self.loss.needs_teacher:
             with torch.no_grad(), self.fabric.autocast():
-                wanted = self.teacher(x)
+                wanted = run_on(self.teacher, x)
         for group in self.base.param_groups[:-1]:  # the last one is that of the gates
             group["lr"] = learning_rate(self.options.lr, self.found.step, self.steps)
         self.optimizer.zero_grad()
-        logits = self.model(x)
+        logits = run_on(self.model, x)
         wanted = None if wanted is None else wanted.to(logits.dtype)  # the teacher's are coarse in mixed precision
         loss = self.loss(logits, cast(Tensor, wanted), y).mean()  # a loss that needs no teacher does not look
         self.fabric.backward(loss)
         self.optimizer.step()
         return loss.detach(), logits.detach(), wanted
-
-    def _require_finite(self, finite: Tensor, loss: Tensor) -> None:
-        """Stop where a loss or a weight is no number."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
-        if not bool(finite & torch.isfinite(norms).all()):
-            raise SearchError(
-                f"the loss or a weight is not a finite number after step {self.found.step} (loss {float(loss):g}); "
-                f"give a smaller learning rate{self._kept()}"
-            )
-
-    def _kept(self) -> str:
-        """Where the last good state is, for errors."""
-        known = self.keep is not None and self.keep.path.exists()
-        return f"; the last good state is in {self.keep.path}" if known and self.keep else ""
 
     def _count(
         self, loss: Tensor, logits: Tensor, wanted: Tensor | None, on_progress: Callable[[Progress], None] | None
@@ -225,7 +214,7 @@ class Search:
         order = order_of_closing(torch.where(shut == met, far, 0.0), last)
         number = close_in_order(self.meter, stays, order, self.target)
         if number is None:
-            raise SearchError(f"the gates that may close do not meet the budget{self._kept()}")
+            raise SearchError(f"the gates that may close do not meet the budget{kept_at(self.keep)}")
         found.closed = also(stays, order, number)
         found.values = torch.where(found.closed, 0.0, torch.where(shut, self.before, sparse))
         found.reopened, found.forced = (len(order) - number, 0) if met else (0, number)

@@ -12,6 +12,7 @@ from morph.batches import choose_target
 from morph.counts import Counts, count
 from morph.gate_sites import Site
 from morph.gating import Gated, gate
+from morph.inputs import Inputs, picked
 from morph.policies import Metric
 from morph.search_budget import Flat, Meter, check_budget
 from morph.search_options import SearchOptions
@@ -40,12 +41,12 @@ class SearchSpace:
     meter: Meter
     metric: Metric
     target: int
-    inputs: Tensor
+    inputs: Inputs
 
 
 def open_space(
     teacher: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     options: SearchOptions,
     *,
     target_macs: float | None = None,
@@ -72,7 +73,7 @@ def open_space(
     what = "parameters" if metric == "params" else "multiply-adds" + (" by the paper's counting" if paper else "")
     check_budget(meter, target, what)
     alpha = gated.weights(options.weighting if options.weighted else "none")
-    return SearchSpace(gated, flat, alpha, count(teacher, inputs[:1]), meter, metric, target, inputs)
+    return SearchSpace(gated, flat, alpha, count(teacher, picked(inputs, slice(0, 1))), meter, metric, target, inputs)
 
 
 def space_facts(space: SearchSpace) -> dict[str, Any]:

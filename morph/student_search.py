@@ -19,6 +19,7 @@ from torch import nn
 from morph.batches import Data, describe_data
 from morph.counts import Counts, count
 from morph.cut import check_reinitialise, reinitialise
+from morph.inputs import picked, tensors_of
 from morph.passes.gates import gates_of
 from morph.plan import Plan, Record, Reinitialise
 from morph.search_checkpoint import fingerprint, random_states, seed_everything, set_random_states
@@ -52,10 +53,10 @@ def search_student(
     """Find a student of a given size inside a teacher.
 
     Args:
-        teacher: Maps inputs ``[N, ...]`` to logits ``[N, C]``; not touched.
-        data: An object with ``batches(batch_size, seed)``, a pair of tensors, or a DataLoader or list of pairs, of
-            known length. Its order, and all that is drawn from torch's, NumPy's and Python's global states, is decided
-            by the seed; those states are put back.
+        teacher: Gives logits ``[N, C]`` and nothing else; not touched.
+        data: An object with ``batches(batch_size, seed)``, a pair of inputs and labels, or a DataLoader or list of
+            pairs, of known length; inputs as for `morph.fit`. Its order, and all that is drawn from torch's, NumPy's
+            and Python's global states, is decided by the seed; those states are put back.
         target_macs: Largest number of multiply-adds of one sample, or
         target_params: largest number of parameters of the student.
         loss: Instead of that of the mode, ``(student logits, teacher logits, labels)`` to one value per sample.
@@ -77,7 +78,8 @@ def search_student(
         TargetError: If a number is out of its range, or the target is met already or cannot be reached.
         DataError: If the data does not fit the teacher, or ends.
         EditError: If the weights cannot be drawn afresh; ``inherit=True`` keeps those of the search.
-        SearchError: If the loss is not finite.
+        DivergedError: If the loss or a weight is not finite.
+        SearchError: If the gates that may close do not meet the budget.
         SearchStateError: If the checkpoint cannot be read, or is of another search.
         TraceError, CheckFailedError, OutputError: As elsewhere.
 
@@ -103,7 +105,7 @@ def search_student(
             keep = Keep(checkpoint, checkpoint_every, _identity(teacher, data, space, numbers, loss))
         search = _search(teacher, data, space, numbers, loss, fabric or Fabric(devices=1), keep)
         found = search.run(on_progress, should_stop)
-        space.gated.model.to(inputs.device)
+        space.gated.model.to(tensors_of(inputs)[0].device)
         return _student(teacher, data, space, numbers, found)
     finally:
         set_random_states(states)
@@ -154,7 +156,7 @@ def _student(teacher: nn.Module, data: Data, space: SearchSpace, options: Search
     if not options.inherit:
         plan = Plan((*plan.edits, Reinitialise(options.seed)))
         reinitialise(model, options.seed)
-    after = count(model, space.inputs[:1])
+    after = count(model, picked(space.inputs, slice(0, 1)))
     record = Record(
         command=COMMAND,
         options={f"target_{space.metric}": space.target, **dataclasses.asdict(options)},

@@ -21,6 +21,7 @@ from morph.configurations import Drawn, Site, draw_configurations, find_sites
 from morph.counts import count
 from morph.cut import apply_plan
 from morph.errors import DataError, EditError, ProbeError
+from morph.inputs import picked, samples_in
 from morph.passes.cheap_blocks import STANDARD, make_block
 from morph.passes.regroup import Left
 from morph.plan import Plan, Record, Substitute
@@ -111,18 +112,18 @@ def substitute(
     if seed < 0:
         raise EditError(f"a seed of {seed}; give 0 or more")
     batch = next(stream_batches(data, batch_size, seed, next(model.parameters()).device))
-    if len(batch[0]) < 2:
+    if samples_in(batch[0]) < 2:
         raise DataError("one sample is too few: the ranking normalises by the statistics of its batch; give two")
-    traced = trace(model, batch[0][:2])
+    traced = trace(model, picked(batch[0], slice(0, 2)))
     sites, left = find_sites(traced, tuple(dict.fromkeys(choices)), at)
-    before = count(model, batch[0][:1])
+    before = count(model, picked(batch[0], slice(0, 1)))
     drawn = draw_configurations(sites, sizes(before), metric, target, window=window, candidates=candidates, seed=seed)
     ranked = _rank(traced, sites, drawn, batch, loss, seed, on_candidate)
     _check_scores(ranked)
     best = max(ranked, key=lambda scored: scored.score)
     plan = Plan(_edits(traced, sites, best.choices, seed))
     student = apply_plan(model, plan)
-    after = count(student, batch[0][:1])
+    after = count(student, picked(batch[0], slice(0, 1)))
     require_size(after, best)
     record = Record(
         command="substitute",

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from morph.errors import TraceError
+from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
@@ -31,14 +32,14 @@ class Trace:
         graph_module: The graph; its leaf modules are those of ``root``.
         outputs: For each module path that was called, the nodes that hold its (first) output, one for each call.
         shapes: Shape of the tensor at each node, by node name; nodes that hold no tensor are absent.
-        inputs: The example inputs.
+        inputs: The example inputs, by position.
     """
 
     root: nn.Module
     graph_module: fx.GraphModule
     outputs: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
 
     def node(self, name: str) -> fx.Node:
         """Return the node called ``name``."""
@@ -128,32 +129,35 @@ def try_inputs(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, An
         except Exception as error:
             shapes = ", ".join(str(list(x.shape)) for x in tree_leaves((inputs, named)) if isinstance(x, Tensor))
             where = place_of(error)
+            images = not named and images_in(inputs) is not None
+            what = "images of the shape" if images else "inputs of the shapes, types and names"
             raise TraceError(
                 f"{type(model).__name__} does not accept inputs of shape {shapes}: {_first_line(error)}"
                 + (f" (at {where})" if where else "")
-                + "; give images of the shape it was made for"
+                + f"; give {what} it was made for"
             ) from error
 
 
-def trace(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Trace:
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Trace a copy of ``model`` in evaluation mode; the model itself is not touched.
 
     Args:
         model: Any module that `torch.fx` can trace symbolically.
-        inputs: One batch of example inputs, on the model's device.
+        inputs: One batch of example inputs, on the model's device: a tensor, a tuple of arguments, or a mapping of
+            named ones.
 
     Raises:
         TraceError: If the model does not accept the inputs or cannot be traced; names the line of the user's code.
     """
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     root = copy.deepcopy(model).eval()
-    try_inputs(root, inputs)
+    try_inputs(root, *arguments_of(inputs))
+    args = by_position(root, inputs)
     module, found = trace_calls(root, lines=True)
     runner = _Shapes(module)
     with torch.no_grad():
-        runner.run(*inputs)
+        runner.run(*args)
     outputs = {path: tuple(names) for path, names in found.items()}
-    return Trace(root, module, outputs, runner.shapes, inputs)
+    return Trace(root, module, outputs, runner.shapes, args)
 
 
 def trace_graph(root: nn.Module) -> fx.GraphModule:
@@ -185,9 +189,19 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
         raise TraceError(
             f"{type(root).__name__} cannot be traced: {_first_line(error)}"
             + (f" (at {where})" if where else "")
-            + "; control flow must not depend on the values of tensors: rewrite that line or wrap it with torch.fx.wrap"
+            + f"; {_way_out(root)}"
         ) from error
     return fx.GraphModule(root, graph, type(root).__name__), tracer.outputs
+
+
+def _way_out(root: nn.Module) -> str:
+    """What to do about a model that cannot be traced."""
+    if hasattr(type(root).forward, "__wrapped__"):
+        return (
+            "its forward is wrapped by a decorator, as those of Hugging Face are, which symbolic tracing cannot look "
+            "through; analyse, prune, widen and the objectives of teaching do without it"
+        )
+    return "control flow must not depend on the values of tensors: rewrite that line or wrap it with torch.fx.wrap"
 
 
 def _first_line(error: BaseException) -> str:

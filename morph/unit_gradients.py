@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from morph.couplings import Coupling, Place, Positions, Reader
 from morph.errors import DataError, ProbeError
+from morph.inputs import pair_of, plain
 from morph.passes.probes import Probe
 from morph.twins import clone, twin
 from morph.unit_slices import gather_units, parameter_places, unit_sums
@@ -246,13 +247,16 @@ def _weights_of(reader: Reader, coupling: Coupling, places: Sequence[Place]) -> 
 
 
 def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Give the batches, each checked to be a pair; one pair of tensors is one batch."""
-    if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(item, Tensor) for item in batches):
-        batches = [batches]
+    """Give the batches, each checked to be a pair; a pair with a tensor in it, or a mapping, is one batch."""
+    if isinstance(batches, Mapping) or (isinstance(batches, tuple) and any(isinstance(x, Tensor) for x in batches)):
+        batches = (batches,)  # type: ignore[assignment]  # one batch
     for number, batch in enumerate(batches):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        if isinstance(batch, Mapping):
+            yield pair_of(batch)
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            yield plain(batch[0]), batch[1]
+        else:
             raise DataError(f"batch {number} of the data is not a pair (inputs, targets) but {type(batch).__name__}")
-        yield batch[0], batch[1]
 
 
 def count_samples(inputs: Any) -> int:

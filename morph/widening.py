@@ -16,6 +16,7 @@ from morph.carriers import Form, LeftWhole
 from morph.copies import Widened, Widener, check_growth
 from morph.cut import apply_plan
 from morph.errors import EditError, NothingToGrowError, TargetError
+from morph.model_config import with_config
 from morph.noise import noise_on_copies
 from morph.plan import Check, Plan, Record, Resize
 from morph.pruning import batch_of, on_meta, require_values
@@ -109,6 +110,10 @@ def widen(
     analysis = policy.analysis
     if noise:
         widened, checks = _noisy(widened, checks, analysis, model, example_inputs, noise, seed)
+    config: dict[str, Any] = {}
+    if checks:
+        wide, settings, config = with_config(model, widened.model, example_inputs)
+        widened = dataclasses.replace(widened, model=wide, plan=Plan((*widened.plan.edits, *settings)))
     before = analysis.sizes()
     after = count_sizes(analysis, policy.widener.times({n: _times(policy, n, ratio, widened) for n in widened.copies}))
     record = Record(
@@ -128,7 +133,7 @@ def widen(
         before={"params": before.params, "macs": before.macs // batch},
         after={"params": after.params, "macs": after.macs // batch},
         checks=checks,
-        details=_details(widened, checks, left, analysis, noise),
+        details={**_details(widened, checks, left, analysis, noise), **config},
         environment=environment(model, example_inputs),
     )
     return Result(widened.model, record)
@@ -265,15 +270,15 @@ def _carried(
         widened = policy.widener.widen(sure)
         return widened, (), [*left, *widened.left]
     widened = policy.widener.widen(wanted)
-    check = check_growth(widened, model, inputs)
-    if not check.passed:
+    checks = check_growth(widened, model, inputs)
+    if not all(check.passed for check in checks):
         done = {name: some for name, some in wanted.items() if name in widened.copies}
         left += widened.left
         sure = _without_reshaped(policy, done, left, "copies do not line up after its reshapes (measured)")
         widened = policy.widener.widen(sure)
-        check = check_growth(widened, model, inputs)
-    require((check,))
-    return widened, (check,), [*left, *widened.left]
+        checks = check_growth(widened, model, inputs)
+    require(checks)
+    return widened, checks, [*left, *widened.left]
 
 
 def _without_reshaped(policy: _Policy, wanted: Copies, left: list[LeftWhole], reason: str) -> Copies:

@@ -220,7 +220,6 @@ def test_cached_logits_teach_what_the_live_teacher_does(capsys):
         (["--multi-channel"], "morph train teacher.pt --label-channels"),
         (["--multi-channel", "--kd"], "leave one of them out"),
         (["--at", "--cache", "c"], "neither is learned"),
-        (["--kd", "--lr", "1e38"], "not a finite number"),
         (["--kd", "--out", "teacher.pt", "--force", "--checkpoint", "teacher.pt"], "give names that differ"),
     ],
 )
@@ -233,6 +232,12 @@ def test_bad_input(capsys, arguments, text):
     ):
         morph.save_model(model, f"{name}.pt", input_shape=shape)
     assert text in bad(capsys, *MODELS, *FAST, *arguments)
+
+
+def test_no_number_ends_the_run(capsys):
+    code, out, err = run(capsys, *MODELS, *FAST, "--kd", "--lr", "1e38")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "not a finite number" in err
 
 
 def test_a_pair_that_is_none(capsys):

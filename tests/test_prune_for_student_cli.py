@@ -204,6 +204,24 @@ def test_no_number_ends_with_one_line_and_keeps_the_teacher(capsys):
     assert "student.pt" not in " ".join(files())
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [(("--seed", "1"), "seed is 0 there and 1 here"), (("--tau", "2"), "tau is 4.0 there and 2.0 here")],
+)
+def test_a_search_with_other_numbers_does_not_go_on_from_this_one(capsys, monkeypatch, other, what):
+    command = ["teacher.pt", "--target-params", "2K", *FAST, "--checkpoint-every", "2", "--out", "new.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full(2, Path.write_bytes))
+        assert run(capsys, *command)[0] == 2
+    state = Path("new.search").read_bytes()
+    code, out, err = run(capsys, *command, *other)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("morph: new.search: belongs to another search: ")
+    assert what in err
+    assert Path("new.search").read_bytes() == state
+    assert run(capsys, *command)[0] == 0
+
+
 def full(allowed: int, write):
     """A writer whose disk is full after some files."""
     calls = itertools.count(1)

@@ -377,4 +377,4 @@ def test_whole_groups_are_cut_where_data_was_recorded():
     removed = pruning.Remover(model, x, analysis).remove({groups.name: np.array([1, 4, 6])})
     assert removed.left == ()
     assert removed.model[1].num_groups == 5
-    assert pruning.check_cut(removed, model, x, analysis).relative < 1e-12
+    assert [check.relative < 1e-12 for check in pruning.checks_of(removed, model, x, analysis)] == [True]

@@ -325,7 +325,7 @@ def test_other_options_in_the_same_folder_are_refused(capsys):
 
 def test_a_search_of_failures_ends_with_the_reason(capsys):
     err = bad(capsys, "--no-kd", *FAST, "--lr", "1e38", "--students", "0", "--out", "out", code=1)
-    assert "all 4 trials failed, the first with TrainingError: the loss or a weight is not a finite number" in err
+    assert "all 4 trials failed, the first with DivergedError: the loss or a weight is not a finite number" in err
 
 
 def test_without_optuna_it_says_how_to_get_it(capsys, monkeypatch):

@@ -51,7 +51,7 @@ def test_subclasses_of_convolutions_stay_whole():
 def test_inputs_that_do_not_fit_are_refused_with_shape_and_line():
     with pytest.raises(
         TraceError,
-        match=r"Net does not accept inputs of shape \[2, 5\]: .* \(at .*models.py:\d+, in forward\); give images",
+        match=r"Net does not accept inputs of shape \[2, 5\]: .* \(at .*models.py:\d+, in forward\); give inputs",
     ):
         try_inputs(Net(), (torch.zeros(2, 5),))
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import morph
 from morph.augmentation import Augmented
 from morph.batches import one_round
-from morph.errors import DataError, TrainingError, TrainingStateError
+from morph.errors import DataError, DivergedError, SearchError, TrainingError, TrainingStateError
 from morph.images import LabelledImages
 from morph.teaching.objective import Labels, Step
 from morph.training.loop import _ROUND
@@ -264,6 +264,17 @@ def test_no_number_stops_and_keeps_the_last_good_state(tmp_path):
     saved = torch.load(file, weights_only=True)
     assert saved["done"]["step"] == 5
     assert all(torch.isfinite(value).all() for value in saved["objective"].values() if value.is_floating_point())
+
+
+def test_outputs_that_are_no_numbers_end_the_run(tmp_path):
+    x, y = next(iter(images().batches(5, 0)))
+    bad = torch.full_like(x, torch.nan), y
+    common = {"fabric": cpu(), "checkpoint": tmp_path / "run.state", "epochs": 2, "batch_size": 5}
+    with pytest.raises(DivergedError, match=r"validation after step 5: the outputs .* are not finite") as caught:
+        morph.fit(Labels(net()), images(), validation=bad, **common)
+    assert caught.value.exit_code == 1
+    assert isinstance(caught.value, TrainingError)
+    assert isinstance(caught.value, SearchError)
 
 
 def test_another_run_is_refused(tmp_path):

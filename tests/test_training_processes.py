@@ -32,6 +32,7 @@ fabric.launch()
 draw = torch.Generator().manual_seed(3)
 x = torch.randn(31, 1, 4, 4, generator=draw)
 y = (x.mean((1, 2, 3)) * 20).long() % 3
+inputs = {"input": x} if world > 1 else x  # by name, as a mapping is shared out too
 options = dict(epochs=4, batch_size=10, lr=0.2, clip=1.0, accumulate=2, validation=(x[:7], y[:7]))
 
 def network(width):
@@ -46,7 +47,7 @@ def made():
 
 def run(**more):
     objective = made()
-    return objective, morph.fit(objective, (x, y), fabric=fabric, checkpoint=Path(sys.argv[2]), **options, **more)
+    return objective, morph.fit(objective, (inputs, y), fabric=fabric, checkpoint=Path(sys.argv[2]), **options, **more)
 
 calls = itertools.count(1)
 asks = fabric.global_rank == world - 1  # one of the processes is asked to stop

@@ -261,15 +261,29 @@ class Layout:
         raise EditError("copies cannot be laid out: a reshaped axis is in an order that is not one of its factors")
 
     def _coordinates(self, relation: Relation, rows: Labels) -> tuple[list[Labels], list[Labels]]:
-        """For each factor, the coordinate and the label of each position."""
+        """For each factor, the coordinate and the label of each position.
+
+        A factor that is itself the whole of another reshape (heads and positions inside one of the three packed
+        projections of attention) gives those of its own factors.
+        """
         labels = [self.state.atoms.find(f)[rows] for f in relation.factors]
-        if relation.grid:
-            return list(np.unravel_index(rows, relation.grid)), labels
-        ranks = []
-        for column in labels:
-            _, first, inverse = np.unique(column, return_index=True, return_inverse=True)
-            ranks.append(np.argsort(np.argsort(first))[inverse])
-        return ranks, labels
+        ranks = list(np.unravel_index(rows, relation.grid)) if relation.grid else [_ranks(column) for column in labels]
+        coordinates: list[Labels] = []
+        found: list[Labels] = []
+        for rank, column in zip(ranks, labels, strict=True):
+            inner = self._inner(relation, column)
+            parts, names = inner if inner is not None else ([rank], [column])
+            coordinates += parts
+            found += names
+        return coordinates, found
+
+    def _inner(self, relation: Relation, column: Labels) -> tuple[list[Labels], list[Labels]] | None:
+        """Coordinates and labels of a factor by the one reshape that all its positions are wholes of; else None."""
+        places = [self.rows.get(label, (-1, -1)) for label in column.tolist()]
+        number = places[0][0]
+        if any(p[0] != number for p in places) or number < 0 or self.relations[number] is relation:
+            return None
+        return self._coordinates(self.relations[number], np.array([p[1] for p in places]))
 
     def _spread(self, coordinates: list[Labels], labels: list[Labels], order: tuple[int, ...]) -> Labels:
         """Positions of a stretch with their copies: for each factor, from outer to inner, its copies side by side."""
@@ -283,3 +297,10 @@ class Layout:
             keys += [within % times[position], coordinates[k][position]]
             within = within // times[position]
         return position[np.lexsort(keys)]
+
+
+def _ranks(labels: Labels) -> Labels:
+    """The number of each label, by first appearance."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    ranks: Labels = np.argsort(np.argsort(first))[inverse]
+    return ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -32,7 +33,8 @@ from morph.analysis.recording import (
     tensors_of,
     without_data,
 )
-from morph.errors import TraceError
+from morph.errors import MorphError, TraceError
+from morph.inputs import in_order, plain
 from morph.interpreter import Interpreter
 from morph.tracing import place_of
 
@@ -57,7 +59,7 @@ def record(
         return _record_data(model, inputs, whole)
     no_data = any(t.device.type == "meta" for t in model.parameters())
     try:
-        meta = pytree.tree_map_only(Tensor, without_data, inputs)
+        meta = pytree.tree_map_only(Tensor, without_data, plain(inputs))
         bare = skeleton(model)
         recorder = _Recorder(bare, "shapes", whole)
         recorder.needs_data = not no_data
@@ -76,7 +78,7 @@ def record(
 def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...]) -> Recording:
     """Run a copy of the model with its data."""
     try:
-        own = pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+        own = pytree.tree_map_only(Tensor, Tensor.detach, plain(inputs))
         recorder = _Recorder(copy.deepcopy(model).eval(), "data", whole)
         recording = recorder.run(own)
         recording.shared += sharing(model)
@@ -93,6 +95,9 @@ def record_nodes(
 
     Returns:
         The recording, and what each node gave: values in place of tensors, numbers as they are.
+
+    Raises:
+        TraceError: If it does not run.
     """
     given: dict[str, Any] = {}
 
@@ -104,12 +109,19 @@ def record_nodes(
 
     class Runner(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
-            return Watch(module).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
+            return Watch(module).run(*in_order(inspect.signature(module.forward), args, kwargs))
 
     recorder = _Recorder(module, "shapes", whole)
     recorder.runner = Runner()
-    return recorder.run(inputs), given
+    try:
+        return recorder.run(inputs), given
+    except MorphError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the graph of {type(module).__name__} does not run on these inputs: {first_line(error)}; a branch on an "
+            "argument that is left out is taken as if it were given: give that argument"
+        ) from error
 
 
 def rerun(
@@ -131,7 +143,7 @@ def rerun(
     recorder = _Recorder(model, traced, whole)
     recorder.afterwards = nullcontext
     try:
-        recorder.run(pytree.tree_map_only(Tensor, form, inputs))
+        recorder.run(pytree.tree_map_only(Tensor, form, plain(inputs)))
     except Exception as error:
         return recorder.recording, recorder.stack[-1], error
     return recorder.recording, "", None

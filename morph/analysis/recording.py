@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from morph.copying import copy_module
 from morph.errors import TraceError
+from morph.inputs import Inputs as Inputs
+from morph.inputs import arguments_of as arguments_of
+from morph.inputs import tensors_of as tensors_of
 
 T = TypeVar("T")
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 How = Literal["shapes", "data"]
 
 
@@ -136,18 +137,6 @@ def collect(tree: Any, kind: type[T], found: list[T]) -> list[T]:
             elif isinstance(item, tuple | list | dict):
                 collect(item, kind, found)
     return found
-
-
-def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments of a call on ``inputs``."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple) else (inputs,)), {}
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and registered output classes."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:

@@ -59,6 +59,7 @@ _FUNCTIONS = {
         pow sub truediv""",
     "math": "ceil floor sqrt log prod",
     "torchvision.ops": "stochastic_depth drop_block2d",
+    "morph.passes.gated_readers": "gated_input gated_reader spread",
     "morph.window_attention": "free_shifted_window_attention",
     "torchvision.models.swin_transformer": "shifted_window_attention _get_relative_position_bias _patch_merging_pad",
     "torchvision.models.googlenet": "GoogLeNetOutputs",

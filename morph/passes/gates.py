@@ -2,8 +2,9 @@
 
 A gate ``g`` in front of a reader (a convolution or linear layer) multiplies one of the channels that it reads. Since
 the reader is linear, ``sum_c W[o, c] (g[c] x[c]) = sum_c (W[o, c] g[c]) x[c]``: wherever that is possible the gate is
-put on the columns of the weight, which gives the same outputs and the same gradient of ``g``, and costs no memory for
-activations. Source: Gu & Tresp, "Search for Better Students to Learn Distilled Knowledge", ECAI 2020, section 3.
+put into the call of the reader (`morph.passes.gated_readers`), which gives the same outputs and the same gradients and
+costs next to no memory. Source: Gu & Tresp, "Search for Better Students to Learn Distilled Knowledge", ECAI 2020,
+section 3.
 """
 
 from __future__ import annotations
@@ -11,22 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from morph.passes.gated_readers import Form, gated_input, gated_reader, spread
+
 HOME = "morph_gates"
-_CONVOLUTIONS: dict[type, Any] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,8 @@ class Tap:
 
 class Gate(nn.Module):
     """Multiplies positions of an axis by numbers that are learned, ones at birth.
+
+    A gated graph reads the numbers and calls functions with them; hooks on this module do not run there.
 
     Args:
         name: Name of its site.
@@ -66,12 +62,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tap: int = 0) -> Tensor:
         """Return ``x`` with each position of the axis of ``tap`` times its gate."""
-        factor: Tensor = self.weight
         index = getattr(self, f"index_{tap}")
-        if index is not None:
-            factor = torch.cat([factor, factor.new_ones(1)]).index_select(0, index)
-        axis = self.axes[tap]
-        return x * factor.to(x.dtype).reshape([-1 if a == axis else 1 for a in range(x.dim())])
+        return gated_input(x, self.weight if index is None else spread(self.weight, index), self.axes[tap])
 
     def extra_repr(self) -> str:
         """Show what it gates."""
@@ -121,7 +113,9 @@ def insert_gates(
         for number, tap in enumerate(taps):
             chains.setdefault(tap.reader, []).append((f"{HOME}.{key}", number))
     for reader, chain in chains.items():
-        (_gate_weight if folded[reader] else _gate_input)(module.graph, nodes[reader], readers[reader], chain)
+        with module.graph.inserting_before(nodes[reader]):
+            read = [_read(module, *link) for link in chain]
+            (_gate_call if folded[reader] else _gate_input)(module.graph, nodes[reader], readers[reader], read)
     module.graph.lint()
     module.recompile()
 
@@ -135,7 +129,7 @@ def _key(name: str, home: nn.Module) -> str:
 
 
 def folds(module: nn.Module, index: Sequence[int]) -> bool:
-    """Whether gates on what ``module`` reads can stand on the columns of its weight."""
+    """Whether gates on what ``module`` reads can stand in its call, as on the columns of its weight."""
     if type(module) is nn.Linear:
         return True
     if type(module) not in _CONVOLUTIONS or getattr(module, "padding_mode", "") != "zeros":
@@ -153,31 +147,41 @@ def _map(module: nn.Module, tap: Tap, rank: int, folded: bool) -> tuple[int, tup
     return weight_axis(module), tap.index[: len(tap.index) // int(getattr(module, "groups", 1))]
 
 
-def _gate_input(graph: fx.Graph, node: fx.Node, reader: nn.Module, chain: Sequence[tuple[str, int]]) -> None:
+def _read(module: fx.GraphModule, target: str, tap: int) -> tuple[fx.Node, int]:
+    """A node that gives the gate of each position, and the axis of these positions."""
+    gate = module.get_submodule(target)
+    assert isinstance(gate, Gate)
+    node = module.graph.get_attr(f"{target}.weight")
+    if getattr(gate, f"index_{tap}") is not None:
+        node = module.graph.call_function(spread, (node, module.graph.get_attr(f"{target}.index_{tap}")))
+    return node, gate.axes[tap]
+
+
+def _gate_input(graph: fx.Graph, node: fx.Node, reader: nn.Module, chain: Sequence[tuple[fx.Node, int]]) -> None:
     """Multiply what a reader reads."""
     source = node.args[0] if node.args else node.kwargs["input"]
-    with graph.inserting_before(node):
-        for target, tap in chain:
-            source = graph.call_module(target, (source, tap))
+    for own, axis in chain:
+        source = graph.call_function(gated_input, (source, own, axis))
     node.args, node.kwargs = (source, *node.args[1:]), {k: v for k, v in node.kwargs.items() if k != "input"}
 
 
-def _gate_weight(graph: fx.Graph, node: fx.Node, reader: nn.Module, chain: Sequence[tuple[str, int]]) -> None:
-    """Multiply the columns of a reader's weight."""
+def _gate_call(graph: fx.Graph, node: fx.Node, reader: nn.Module, chain: Sequence[tuple[fx.Node, int]]) -> None:
+    """Put the gates of a reader into its call."""
     source = node.args[0] if node.args else node.kwargs["input"]
-    with graph.inserting_before(node):
-        weight = graph.get_attr(f"{node.target}.weight")
-        bias = None if reader.bias is None else graph.get_attr(f"{node.target}.bias")
-        for target, tap in chain:
-            weight = graph.call_module(target, (weight, tap))
-        if isinstance(reader, nn.Linear):
-            new = graph.call_function(F.linear, (source, weight, bias))
-        else:
-            assert isinstance(reader, _ConvNd)
-            form: tuple[Any, ...] = (reader.stride, reader.padding, reader.dilation, reader.groups)
-            if isinstance(reader, _ConvTransposeNd):
-                form = (reader.stride, reader.padding, reader.output_padding, reader.groups, reader.dilation)
-            new = graph.call_function(_CONVOLUTIONS[type(reader)], (source, weight, bias, *form))
+    weight = graph.get_attr(f"{node.target}.weight")
+    bias = None if reader.bias is None else graph.get_attr(f"{node.target}.bias")
+    gates = chain[0][0]
+    for own, _ in chain[1:]:
+        gates = graph.call_function(torch.mul, (gates, own))
+    new = graph.call_function(gated_reader, (source, weight, bias, gates, _form(reader)))
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _form(reader: nn.Module) -> Form:
+    """What `gated_reader` must know of a reader."""
+    if not isinstance(reader, _ConvNd):
+        return ()
+    transposed = isinstance(reader, _ConvTransposeNd)
+    return (transposed, reader.stride, reader.padding, reader.dilation, reader.output_padding, reader.groups)

@@ -1,8 +1,9 @@
 """Bridges between a tap of the student and a tap of the teacher, made from their shapes.
 
-Maps ``[N, C, H, W]`` (or ``[N, H, W, C]``, as Swin has them), tokens ``[N, L, D]`` and vectors ``[N, D]`` are bridged:
-a 1x1 convolution or a linear map for channels, pooling or interpolation for resolution, tokens to maps where they make
-a square. What a bridge learns belongs to the teaching and not to the student.
+Maps ``[N, C, H, W]`` (or ``[N, H, W, C]``, as Swin has them), tokens ``[N, L, D]`` and vectors ``[N, D]`` are
+bridged: a 1x1 convolution or a linear map for channels, pooling or interpolation for resolution, tokens to maps where
+they are those of images and make a square. Tokens that pad a text count as the others do. What a bridge learns
+belongs to the teaching and not to the student.
 """
 
 from __future__ import annotations
@@ -47,17 +48,28 @@ class Layout:
         return self.size is not None
 
     def as_map(self, value: Tensor) -> Tensor:
-        """``value`` as ``[N, C, H, W]``; a view where that is possible."""
+        """``value`` as ``[N, C, H, W]``, tokens that make no square as ``[N, D, L, 1]``; a view where that is possible.
+
+        Raises:
+            TeachingError: If tokens should make a square and do not.
+        """
         if self.kind == "map, channels last":
             return value.permute(0, 3, 1, 2)
         if self.kind == "tokens":
             places = value[:, self.prefix :].transpose(1, 2)
+            if self.size is None:
+                return places[..., None]
             side = math.isqrt(places.shape[2])
+            if side**2 != places.shape[2]:
+                raise TeachingError(
+                    f"{value.shape[1]} tokens make no square behind the first {self.prefix}, as those of the example "
+                    "inputs do; give images of sizes that do"
+                )
             return places.reshape(*places.shape[:2], side, side)
         return value
 
 
-def layout_of(shape: Shape, aspect: float = 1.0) -> Layout:
+def layout_of(shape: Shape, aspect: float | None = 1.0) -> Layout:
     """Tell maps with channels first, maps with channels last, tokens and vectors apart.
 
     Of a tensor with four axes, those two next to each other whose ratio is nearest to that of the images are taken for
@@ -65,7 +77,7 @@ def layout_of(shape: Shape, aspect: float = 1.0) -> Layout:
 
     Args:
         shape: Of a tap, with the batch first.
-        aspect: Height of the images over their width.
+        aspect: Height of the images over their width; None where there are none: tokens then make no square.
 
     Raises:
         TeachingError: If it has neither two, three nor four axes.
@@ -75,10 +87,10 @@ def layout_of(shape: Shape, aspect: float = 1.0) -> Layout:
     if len(shape) == 3:
         side = math.isqrt(shape[1])
         prefix = shape[1] - side**2
-        square = side > 1 and prefix <= _PREFIX
+        square = aspect is not None and side > 1 and prefix <= _PREFIX
         return Layout("tokens", shape[2], (side, side) if square else None, prefix if square else 0, shape[1])
     if len(shape) == 4:
-        first, last = (abs(math.log(a / b / aspect)) for a, b in (shape[2:], shape[1:3]))
+        first, last = (abs(math.log(a / b / (aspect or 1.0))) for a, b in (shape[2:], shape[1:3]))
         if last < first:
             return Layout("map, channels last", shape[3], (shape[1], shape[2]))
         return Layout("map", shape[1], (shape[2], shape[3]))
@@ -94,7 +106,8 @@ class Bridge(nn.Module):
         student: Layout of the student's tap.
         teacher: Layout of the teacher's.
         project: Whether the student's channels become as many as the teacher's, and its map as large. If not, channels
-            stay and the larger of the two maps is pooled to the size of the smaller: nothing is learned.
+            stay and the larger of the two maps is pooled to the size of the smaller: nothing is learned. Tokens that
+            make no square become ``[N, D, L, 1]`` then.
 
     Raises:
         TeachingError: If the two cannot be bridged.
@@ -116,6 +129,11 @@ class Bridge(nn.Module):
             return self.adapter(student), teacher
         student, teacher = self.layouts[0].as_map(student), self.layouts[1].as_map(teacher)
         if not self.projects:
+            if self.layouts[0].size is None and student.shape[2] != teacher.shape[2]:
+                raise TeachingError(
+                    f"attention over {student.shape[2]} tokens (student) and {teacher.shape[2]} (teacher), which were "
+                    "as many for the example inputs; pair layers that have as many for any input"
+                )
             size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
             return _resize(student, size), _resize(teacher, size)
         size = teacher.shape[2], teacher.shape[3]
@@ -128,10 +146,10 @@ class Bridge(nn.Module):
             to = self.layouts[1].size
         else:
             sizes = [layout.size for layout in self.layouts if layout.size]
-            to = (min(s[0] for s in sizes), min(s[1] for s in sizes)) if self.maps else None
+            to = (min(s[0] for s in sizes), min(s[1] for s in sizes)) if self.maps and sizes else None
         steps = []
         for whose, layout in zip(("", "teacher's "), self.layouts, strict=True):
-            if self.maps and layout.kind != "map":
+            if self.maps and layout.kind != "map" and layout.size:
                 steps.append(f"{whose}{layout.kind} to map")
             if to is not None and layout.size != to:
                 steps.append(f"{whose}size to {to[0]}x{to[1]}")
@@ -141,7 +159,7 @@ class Bridge(nn.Module):
         return ", ".join(steps) or "nothing to do"
 
 
-def bridge(student: Shape, teacher: Shape, *, project: bool = True, aspect: float = 1.0) -> Bridge:
+def bridge(student: Shape, teacher: Shape, *, project: bool = True, aspect: float | None = 1.0) -> Bridge:
     """The bridge between taps of two shapes; see `Bridge` for ``project`` and errors, `layout_of` for ``aspect``.
 
     Example:
@@ -156,7 +174,8 @@ def _as_maps(student: Layout, teacher: Layout, project: bool) -> bool:
     kinds = {student.kind, teacher.kind}
     if project and (kinds == {"vector"} or (kinds == {"tokens"} and student.length == teacher.length)):
         return False
-    if student.is_map and teacher.is_map:
+    alike = kinds == {"tokens"} and student.length == teacher.length and student.size == teacher.size
+    if (student.is_map and teacher.is_map) or (alike and not project):
         return True
     raise TeachingError(
         f"no bridge from {_told(student)} (student) to {_told(teacher)} (teacher)"

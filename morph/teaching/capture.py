@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -75,7 +75,7 @@ def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a tensor, tuple, list or mapping (as outputs of Hugging Face models are); or None."""
     if isinstance(value, Tensor):
         return value
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return next((tensor for tensor in map(first_tensor, items) if tensor is not None), None)
 
 

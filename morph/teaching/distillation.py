@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs, arguments_of, run_on
 from morph.teaching.frozen import WithTeacher, check_outputs
 from morph.teaching.objective import (
     AUXILIARY_WEIGHT,
@@ -44,8 +45,8 @@ class Distillation(WithTeacher):
             too, with the labels.
         teacher: Not touched.
         terms: What is summed; a loss alone stands for `Outputs` of it.
-        example_inputs: One batch, or a tuple of arguments, that both accept; needed where features are taught. With
-            them it is seen to at once that both have the same classes.
+        example_inputs: One batch that both accept: a tensor, a tuple of arguments or a mapping of named ones; needed
+            where features are taught. With them it is seen to at once that both have the same classes.
         auxiliary_weight: Of the auxiliary heads; 0.4 for DARTS.
 
     Attributes:
@@ -77,7 +78,7 @@ class Distillation(WithTeacher):
         teacher: nn.Module,
         terms: Sequence[Term | nn.Module],
         *,
-        example_inputs: Any = None,
+        example_inputs: Inputs | None = None,
         auxiliary_weight: float = AUXILIARY_WEIGHT,
     ) -> None:
         check_weight("the auxiliary heads", auxiliary_weight)
@@ -104,11 +105,11 @@ class Distillation(WithTeacher):
         self._theirs = _taps(self.teacher, theirs)
         self._theirs_with_bits = _taps(self.teacher, theirs + [term.teacher for term in channels if term.teacher])
 
-    def forward(self, x: Any, y: Tensor | Sequence[Any], teacher_logits: Tensor | None = None) -> Step:
+    def forward(self, x: Inputs, y: Tensor | Sequence[Any], teacher_logits: Tensor | None = None) -> Step:
         """The loss of one batch.
 
         Args:
-            x: Input of both networks.
+            x: Inputs of both networks: a tensor, a tuple of arguments or a mapping of named ones.
             y: Labels ``[N]``, or a sequence of them and what is known of the teacher for this very input: its logits
                 ``[N, C]``, of floating point, or the bits of its labels ``[N, classes * channels]``, of whole numbers
                 or truth values.
@@ -124,7 +125,7 @@ class Distillation(WithTeacher):
             else:
                 bits = known
         wanted, theirs = self._teach(x, teacher_logits, bits is not None)
-        output, ours = (self.student(x), {}) if self._ours is None else self._ours(x)
+        output, ours = _run(self.student, self._ours, x)
         logits, heads = logits_and_heads(output)
         losses = {}
         for name, term in self.terms.items():
@@ -142,22 +143,31 @@ class Distillation(WithTeacher):
             loss = loss + self.auxiliary_weight * losses["auxiliary"]
         return Step(loss, {name: value.detach() for name, value in losses.items()}, logits)
 
-    def _teach(self, x: Any, logits: Tensor | None, bits: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _teach(self, x: Inputs, logits: Tensor | None, bits: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The teacher's logits and features, as far as they are needed."""
         taps = self._theirs if bits else self._theirs_with_bits
         features: dict[str, Tensor] = {}
         with torch.no_grad():
             if self.needs_teacher_logits and logits is None:
-                output, features = (self.teacher(x), {}) if taps is None else taps(x)
+                output, features = _run(self.teacher, taps, x)
                 logits, _ = logits_and_heads(output)
             elif taps is not None:
-                features = taps.features(x)
+                args, kwargs = arguments_of(x)
+                features = taps.features(*args, **kwargs)
         return None if logits is None else widened(logits), features
 
 
 def _taps(model: nn.Module, names: Sequence[str]) -> Taps | None:
     """Taps on the model, if there is anything to tap."""
     return tap(model, list(dict.fromkeys(names))) if names else None
+
+
+def _run(model: nn.Module, taps: Taps | None, x: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    """A network's output and what is tapped."""
+    if taps is None:
+        return run_on(model, x), {}
+    args, kwargs = arguments_of(x)
+    return taps(*args, **kwargs)
 
 
 def _known(bits: Tensor | None) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs, arguments_of, run_on
 from morph.teaching.objective import logits_and_heads
 from morph.tracing import try_inputs
 
@@ -40,20 +41,19 @@ class WithTeacher(nn.Module):
         return self
 
 
-def check_outputs(teacher: nn.Module, student: nn.Module, example_inputs: Any, *, compared: bool) -> None:
+def check_outputs(teacher: nn.Module, student: nn.Module, example_inputs: Inputs, *, compared: bool) -> None:
     """See that both accept the inputs and give logits, and, if outputs are compared, those of the same classes.
 
     Raises:
         TeachingError: If they do not.
         TraceError: If one does not accept the inputs.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     shapes = []
     for whose, model in (("teacher", teacher), ("student", student)):
         twin = copy.deepcopy(model).eval()
-        try_inputs(twin, inputs)
+        try_inputs(twin, *arguments_of(example_inputs))
         with torch.no_grad():
-            logits, _ = logits_and_heads(twin(*inputs))
+            logits, _ = logits_and_heads(run_on(twin, example_inputs))
         if logits.dim() != 2:
             raise TeachingError(f"the {whose} gives outputs of {tuple(logits.shape)}; expected logits [N, classes]")
         shapes.append(logits.shape)

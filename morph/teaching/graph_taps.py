@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from morph.errors import TapError
+from morph.inputs import in_order
 from morph.interpreter import Interpreter
 from morph.search_checkpoint import random_states, set_random_states
 from morph.teaching.capture import Enough, Kept, Memory, Tapped, Wanted, numbered, tensor_of
@@ -122,11 +123,7 @@ class _Graph:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments by position, as the graph takes them."""
-        if not kwargs:
-            return args
-        bound = self.parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.args
+        return in_order(self.parameters, args, kwargs)
 
 
 class _Runner(Interpreter):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs, arguments_of
 from morph.teaching.feature_losses import Hint
 from morph.teaching.frozen import WithTeacher
 from morph.teaching.objective import Step
@@ -34,7 +35,7 @@ class Hints(WithTeacher):
         teacher: Not touched.
         terms: Losses on features; None for a `morph.teaching.feature_losses.Hint` of the middle one of the pairs that
             `propose_pairs` finds.
-        example_inputs: One batch, or a tuple of arguments, that both accept.
+        example_inputs: One batch that both accept: a tensor, a tuple of arguments or a mapping of named ones.
 
     Attributes:
         student: The whole student, to validate and save.
@@ -65,7 +66,7 @@ class Hints(WithTeacher):
         teacher: nn.Module,
         terms: Sequence[Features] | None = None,
         *,
-        example_inputs: Any,
+        example_inputs: Inputs,
     ) -> None:
         super().__init__(teacher)
         self.student = student
@@ -86,16 +87,17 @@ class Hints(WithTeacher):
             f"student.{name}" for name, _ in student.named_parameters() if name not in self.guided
         ]
 
-    def forward(self, x: Any, y: Tensor | Sequence[Any] | None = None) -> Step:
+    def forward(self, x: Inputs, y: Tensor | Sequence[Any] | None = None) -> Step:
         """The loss of one batch.
 
         Args:
-            x: Input of both networks.
+            x: Inputs of both networks, likewise.
             y: Not looked at.
         """
+        args, kwargs = arguments_of(x)
         with torch.no_grad():
-            theirs = self._theirs.features(x)
-        ours = self._ours.features(x)
+            theirs = self._theirs.features(*args, **kwargs)
+        ours = self._ours.features(*args, **kwargs)
         losses = {
             name: loss_of_pairs(term, self.pairs[name], self.adapters[name], ours, theirs)
             for name, term in self.terms.items()
@@ -123,13 +125,13 @@ def _features(terms: dict[str, Term]) -> dict[str, Features]:
     return found
 
 
-def _guided(student: nn.Module, names: Sequence[str], example_inputs: Any) -> list[str]:
+def _guided(student: nn.Module, names: Sequence[str], example_inputs: Inputs) -> list[str]:
     """The parameters that get a gradient from taps; found with a copy."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args, kwargs = arguments_of(example_inputs)
     twin = copy.deepcopy(student).eval()
     trained = [name for name, p in twin.named_parameters() if p.requires_grad]
     with torch.enable_grad():
-        features = tap(twin, names).features(*inputs)
+        features = tap(twin, names).features(*args, **kwargs)
         total = torch.stack([value.sum() for value in features.values()]).sum()
         if not trained or not total.requires_grad:
             raise TeachingError(f"nothing of the student learns before {', '.join(names)}: its parameters are frozen")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs, logits_in, run_on
 
 AUXILIARY_WEIGHT = 0.4  # Liu, Simonyan and Yang, "DARTS: Differentiable Architecture Search", 2019, section 3.2
 
@@ -39,7 +40,7 @@ class Labels(nn.Module):
     `morph.zoo.darts.DartsNet` does) pays for the heads too: ``CE(logits) + weight * sum_i CE(head_i)``.
 
     Args:
-        student: Maps ``x`` to logits ``[N, C]`` or to a tuple of them; trained in place.
+        student: Gives logits ``[N, C]``, alone, first in a tuple, or as ``logits`` of an output; trained in place.
         label_smoothing: Share of each label that is spread over all classes, in [0, 1).
         auxiliary_weight: Of the auxiliary heads; 0.4 for DARTS.
 
@@ -64,15 +65,15 @@ class Labels(nn.Module):
         self.student = student
         self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
 
-    def forward(self, x: Any, y: Tensor | Sequence[Any]) -> Step:
+    def forward(self, x: Inputs, y: Tensor | Sequence[Any]) -> Step:
         """The loss of one batch.
 
         Args:
-            x: Input of the student.
+            x: Inputs of the student: a tensor, a tuple of arguments or a mapping of named ones.
             y: Labels ``[N]``, or a sequence that begins with them.
         """
         y = labels_of(y)
-        logits, heads = logits_and_heads(self.student(x))
+        logits, heads = logits_and_heads(run_on(self.student, x))
         labels = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         parts, loss = {"labels": labels.detach()}, labels
         if heads and self.auxiliary_weight:
@@ -97,13 +98,10 @@ def logits_and_heads(output: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     Raises:
         TeachingError: If there are no logits in it.
     """
-    if isinstance(output, Tensor):
-        return output, ()
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0], tuple(item for item in output[1:] if isinstance(item, Tensor))
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found, ()
+    found = logits_in(output)
+    if found is not None:
+        rest = output[1:] if isinstance(output, tuple | list) else ()
+        return found, tuple(item for item in rest if isinstance(item, Tensor))
     raise TeachingError(
         f"the network gives {type(output).__name__}; give one that returns logits [N, C], a tuple with the logits "
         "first, or an output with 'logits'"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs, arguments_of, images_in
 from morph.teaching.adapters import Bridge, Layout, layout_of
 from morph.teaching.capture import first_tensor
 from morph.teaching.taps import tap
@@ -29,7 +30,7 @@ class Pair:
         student: Name of the student's.
         teacher_shape: What it gives for the example inputs.
         student_shape: Likewise.
-        aspect: Height of the images over their width.
+        aspect: Height of the images over their width; None where there are none.
         project: Whether the student's channels become those of the teacher; not needed where attention is compared.
     """
 
@@ -37,7 +38,7 @@ class Pair:
     student: str
     teacher_shape: tuple[int, ...]
     student_shape: tuple[int, ...]
-    aspect: float = 1.0
+    aspect: float | None = 1.0
     project: bool = True
 
     @property
@@ -67,18 +68,19 @@ class Pairs(tuple[Pair, ...]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def propose_pairs(teacher: nn.Module, student: nn.Module, example_inputs: Any, number: int = 3) -> Pairs:
+def propose_pairs(teacher: nn.Module, student: nn.Module, example_inputs: Inputs, number: int = 3) -> Pairs:
     """Pair layers by depth and resolution.
 
     The taps of a network that shrinks its maps are the last outputs before each down-sampling and the last before the
     map is pooled away (Whettam 2020: three for CIFAR networks); those of equal resolution are paired, or, where too few
-    are equal, those that are equally far from the end. A network that does not shrink its maps or tokens (ViT) has as
-    taps the outputs of evenly spread blocks. The last ``number`` pairs are proposed.
+    are equal, those that are equally far from the end. A network that does not shrink its maps or tokens (ViT, BERT)
+    has as taps the outputs of evenly spread blocks, as many as the other network has taps: the last of the teacher and
+    the last of the student are a pair, and so on in equal steps. The last ``number`` pairs are proposed.
 
     Args:
         teacher: Not touched.
         student: Not touched.
-        example_inputs: A tensor that both accept, or a tuple of arguments.
+        example_inputs: What both accept: a tensor, a tuple of arguments, or a mapping of named ones.
         number: Most pairs.
 
     Raises:
@@ -97,22 +99,26 @@ def propose_pairs(teacher: nn.Module, student: nn.Module, example_inputs: Any, n
     if number < 1:
         raise TeachingError(f"{number} pairs; give 1 or more")
     aspect = aspect_of(example_inputs)
-    both = [stage_taps(model, example_inputs, number) for model in (teacher, student)]
-    for whose, taps in zip(("teacher", "student"), both, strict=True):
+    found = [_all_taps(model, example_inputs, number) for model in (teacher, student)]
+    for whose, (taps, _) in zip(("teacher", "student"), found, strict=True):
         if not taps:
             raise TeachingError(f"the {whose} has no maps or tokens to pair; name pairs yourself, or teach by outputs")
+    most = min(number, *(len(taps) for taps, _ in found))
+    both = [_spread(taps, most) if blocks else taps for taps, blocks in found]
     matched = _matched(both[0], both[1], number, aspect)
     return Pairs(Pair(t.name, s.name, t.shape, s.shape, aspect) for t, s in matched)
 
 
-def check_pairs(teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[str, str]], example_inputs: Any) -> Pairs:
+def check_pairs(
+    teacher: nn.Module, student: nn.Module, pairs: Sequence[tuple[str, str]], example_inputs: Inputs
+) -> Pairs:
     """Give one's own pairs their shapes.
 
     Args:
         teacher: Not touched.
         student: Not touched.
         pairs: ``(tap of the teacher, tap of the student)``, named as in `morph.tap`, each standing for one tensor.
-        example_inputs: A tensor that both accept, or a tuple of arguments.
+        example_inputs: What both accept: a tensor, a tuple of arguments, or a mapping of named ones.
 
     Raises:
         TeachingError: If there are no pairs, or a pair can in no way be bridged.
@@ -145,8 +151,14 @@ class Stage(NamedTuple):
     shape: tuple[int, ...]
 
 
-def stage_taps(model: nn.Module, example_inputs: Any, number: int) -> list[Stage]:
+def stage_taps(model: nn.Module, example_inputs: Inputs, number: int) -> list[Stage]:
     """The last output before each down-sampling; where there is none, those of ``number`` evenly spread blocks."""
+    taps, blocks = _all_taps(model, example_inputs, number)
+    return _spread(taps, number) if blocks else taps
+
+
+def _all_taps(model: nn.Module, example_inputs: Inputs, number: int) -> tuple[list[Stage], bool]:
+    """The last output before each down-sampling, or those of all blocks; and whether it is blocks."""
     tree = _calls(model, example_inputs)
     aspect = aspect_of(example_inputs)
     stages: list[Stage] = []
@@ -158,8 +170,9 @@ def stage_taps(model: nn.Module, example_inputs: Any, number: int) -> list[Stage
             stages.pop()
         stages.append(Stage(call.name, call.shape))
     if len(stages) < min(2, number):
-        return _spread(tree, number) or stages
-    return stages
+        row = _row(tree)
+        return row or stages, bool(row)
+    return stages, False
 
 
 @dataclass
@@ -177,9 +190,8 @@ class _Call:
             yield from call.all()
 
 
-def _calls(model: nn.Module, example_inputs: Any) -> _Call:
+def _calls(model: nn.Module, example_inputs: Inputs) -> _Call:
     """Run a copy of the model once in evaluation mode and write down who called whom, in order."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     twin = copy.deepcopy(model).eval()
     paths = {module: path for path, module in twin.named_modules()}
     stack: list[list[_Call]] = [[]]
@@ -199,7 +211,7 @@ def _calls(model: nn.Module, example_inputs: Any) -> _Call:
     for module in twin.modules():
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-    try_inputs(twin, inputs)
+    try_inputs(twin, *arguments_of(example_inputs))
     root = stack[0][0]
     for call in root.all():
         path, _, _ = call.name.rpartition("#")
@@ -207,7 +219,7 @@ def _calls(model: nn.Module, example_inputs: Any) -> _Call:
     return root
 
 
-def _atoms(calls: Sequence[_Call], aspect: float) -> list[_Call]:
+def _atoms(calls: Sequence[_Call], aspect: float | None) -> list[_Call]:
     """Parts of the network in order, each shrinking its map at most once.
 
     A part is taken apart if it shrinks its map more often, and only goes down in doing so: windows of attention and
@@ -222,13 +234,13 @@ def _atoms(calls: Sequence[_Call], aspect: float) -> list[_Call]:
     return found
 
 
-def _levels(call: _Call, aspect: float) -> int:
+def _levels(call: _Call, aspect: float | None) -> int:
     """How many resolutions there are inside a call."""
     sides = sorted({side for inner in call.all() if (side := _side(inner.shape, aspect))}, reverse=True)
     return sum(1 for i, side in enumerate(sides) if i == 0 or _drops(sides[i - 1], side))
 
 
-def _side(shape: tuple[int, ...], aspect: float) -> float | None:
+def _side(shape: tuple[int, ...], aspect: float | None) -> float | None:
     """Geometric mean of height and width; None where the map is pooled away, or is no map."""
     if len(shape) not in (3, 4):
         return None
@@ -243,20 +255,26 @@ def _drops(before: float, after: float) -> bool:
     return before >= _DROP * after
 
 
-def _spread(tree: _Call, number: int) -> list[Stage]:
-    """The outputs of evenly spread blocks: the longest row of siblings of one class and one shape of maps or tokens."""
+def _row(tree: _Call) -> list[Stage]:
+    """The outputs of blocks: the longest row of siblings of one class and one shape of maps or tokens."""
     rows: dict[tuple[Any, ...], list[_Call]] = {}
     for outer in tree.all():
         for call in outer.inside:
             if call.inside and len(call.shape) in (3, 4):
                 rows.setdefault((id(outer), call.kind, call.shape), []).append(call)
     row = max(rows.values(), key=len, default=[])
+    return [Stage(call.name, call.shape) for call in row]
+
+
+def _spread(row: list[Stage], number: int) -> list[Stage]:
+    """So many of a row in equal steps, the last one among them."""
     number = min(number, len(row))
-    chosen = [row[math.ceil((i + 1) * len(row) / number) - 1] for i in range(number)]
-    return [Stage(call.name, call.shape) for call in chosen]
+    return [row[math.ceil((i + 1) * len(row) / number) - 1] for i in range(number)]
 
 
-def _matched(teacher: list[Stage], student: list[Stage], number: int, aspect: float) -> list[tuple[Stage, Stage]]:
+def _matched(
+    teacher: list[Stage], student: list[Stage], number: int, aspect: float | None
+) -> list[tuple[Stage, Stage]]:
     """Those of equal resolution if enough are, else those equally far from the end."""
     left, right = ({_places(stage.shape, aspect): stage for stage in stages} for stages in (teacher, student))
     equal = [(stage, right[places]) for places, stage in left.items() if places in right]
@@ -266,16 +284,16 @@ def _matched(teacher: list[Stage], student: list[Stage], number: int, aspect: fl
     return list(zip(teacher[-most:], student[-most:], strict=True))
 
 
-def _places(shape: tuple[int, ...], aspect: float) -> tuple[int, ...]:
+def _places(shape: tuple[int, ...], aspect: float | None) -> tuple[int, ...]:
     """Height and width, or the number of tokens."""
     layout = layout_of(shape, aspect)
     return layout.size or (layout.length,)
 
 
-def aspect_of(example_inputs: Any) -> float:
-    """Height of the first image over its width; 1 where there is none."""
-    first = first_tensor(example_inputs)
-    return first.shape[-2] / first.shape[-1] if first is not None and first.dim() == 4 else 1.0
+def aspect_of(example_inputs: Inputs) -> float | None:
+    """Height of the first image over its width; None where there is none."""
+    first = images_in(example_inputs)
+    return None if first is None else first.shape[-2] / first.shape[-1]
 
 
 def _dims(shape: tuple[int, ...]) -> str:

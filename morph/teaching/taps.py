@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import TapError, TraceError
+from morph.inputs import Inputs, arguments_of
 from morph.teaching.capture import Tapped, Wanted, split
 from morph.teaching.graph_taps import GraphTaps, Names, Place, graph_names
 from morph.teaching.module_taps import ModuleTaps
@@ -24,10 +25,11 @@ _NEAREST = 3
 class Taps:
     """Taps on a model, which is used as it is: its own parameters, hooks, branches and training flags.
 
-    ``taps(x)`` gives a `morph.teaching.capture.Tapped`: the model's output and the features by name.
-    ``taps.features(x)`` gives the features alone and computes no more than they need. A module that is called several
-    times has a tap for each call: ``relu#1``, ``relu#2``. Where a tapped tensor is written over later, as by
-    ``nn.ReLU(inplace=True)``, a copy from before is handed out.
+    They are called as the model is, by position and by name: ``taps(x, mask=m)`` gives a
+    `morph.teaching.capture.Tapped`, the model's output and the features by name. ``taps.features(x, mask=m)`` gives
+    the features alone and computes no more than they need. A module that is called several times has a tap for each
+    call: ``relu#1``, ``relu#2``. Where a tapped tensor is written over later, as by ``nn.ReLU(inplace=True)``, a copy
+    from before is handed out.
 
     Attributes:
         model: The model.
@@ -61,7 +63,7 @@ class Taps:
         return [tap.name if isinstance(tap, Place) else tap[0] for tap in wanted]
 
 
-def tap(model: nn.Module, names: str | Sequence[str], example_inputs: Any = None) -> Taps:
+def tap(model: nn.Module, names: str | Sequence[str], example_inputs: Inputs | None = None) -> Taps:
     """Tap outputs of modules, functions and methods.
 
     A name is the path of a module (``layer1.0``), one call of it (``relu#2``), a node of `morph.trace` (``add_3``, a
@@ -72,8 +74,8 @@ def tap(model: nn.Module, names: str | Sequence[str], example_inputs: Any = None
     Args:
         model: Not touched: parameters, buffers, hooks, training flags and keys of the state stay what they are.
         names: One or more.
-        example_inputs: A tensor, or a tuple of arguments; with them the shapes are known, and a tap that is not reached
-            is refused at once.
+        example_inputs: A tensor, a tuple of arguments, or a mapping of named ones; with them the shapes are known, and
+            a tap that is not reached is refused at once.
 
     Raises:
         TapError: If there is no such module or node (the nearest are named), or a tap is not reached.
@@ -103,8 +105,7 @@ def tap(model: nn.Module, names: str | Sequence[str], example_inputs: Any = None
         runner = ModuleTaps(model, paths, frozenset(found.optional))
     taps = Taps(model, runner)
     if example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        taps.shapes = {name: tuple(t.shape) for name, t in _rehearse(model, runner, inputs).items()}
+        taps.shapes = {name: tuple(t.shape) for name, t in _rehearse(model, runner, example_inputs).items()}
     return taps
 
 
@@ -169,12 +170,13 @@ def _is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _rehearse(model: nn.Module, runner: ModuleTaps | GraphTaps, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+def _rehearse(model: nn.Module, runner: ModuleTaps | GraphTaps, inputs: Inputs) -> dict[str, Tensor]:
     """Run a copy once in evaluation mode, so that nothing of the model moves."""
     twin = copy.deepcopy(model).eval()
-    try_inputs(twin, inputs)
+    args, kwargs = arguments_of(inputs)
+    try_inputs(twin, args, kwargs)
     with torch.no_grad(), _in_place_of(runner, twin):
-        return runner.run(inputs, {}, to_the_end=True).features
+        return runner.run(args, kwargs, to_the_end=True).features
 
 
 @contextmanager

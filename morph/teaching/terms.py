@@ -6,12 +6,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from morph.errors import TeachingError
+from morph.inputs import Inputs
 from morph.label_heads import LabelHead, score_path
 from morph.teaching.adapters import Bridge
 from morph.teaching.losses import MultiChannelBCE, OutputLoss
@@ -139,7 +139,7 @@ def with_taps(term: Term, teacher: nn.Module, student: nn.Module) -> Term:
     return dataclasses.replace(term, student=found, teacher=theirs)
 
 
-def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inputs: Any) -> Pairs:
+def pairs_of(term: Features, teacher: nn.Module, student: nn.Module, example_inputs: Inputs | None) -> Pairs:
     """The pairs of a term: the user's, checked, or those that are proposed.
 
     Raises:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from morph.errors import DataError, TrainingError
+from morph.inputs import Inputs, arguments_of, moved, picked, run_on, samples_in
 from morph.search_data import check_classes
 from morph.teaching.objective import labels_of, logits_and_heads
 from morph.tracing import evaluation, try_inputs
-from morph.training.rounds import Batch, fine_type, moved, picked, round_in_order
+from morph.training.rounds import Batch, fine_type, round_in_order
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def evaluate(model: nn.Module, data: Any, *, batch_size: int = 256, fabric: Fabr
     """Run a classifier over labelled data, in evaluation mode, without augmentation.
 
     Args:
-        model: Maps inputs ``[N, ...]`` to logits ``[N, C]``; on the device of
+        model: Gives logits ``[N, C]``, alone, first in a tuple, or as ``logits`` of an output; on the device of
             ``fabric`` meanwhile, and not touched otherwise.
         data: As for `morph.fit`.
         batch_size: Samples that are computed at once; it does not change what comes out.
@@ -72,7 +73,7 @@ def evaluate(model: nn.Module, data: Any, *, batch_size: int = 256, fabric: Fabr
         model.to(home)
 
 
-def check_fit(model: nn.Module, data: Any, batch_size: int, name: str = "the model") -> Tensor:
+def check_fit(model: nn.Module, data: Any, batch_size: int, name: str = "the model") -> Inputs:
     """See that data and a classifier fit; gives up to two samples, on the device of the model.
 
     Raises:
@@ -81,12 +82,12 @@ def check_fit(model: nn.Module, data: Any, batch_size: int, name: str = "the mod
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first = next(round_in_order(data, batch_size), None)
-    if first is None or not len(first[0]):
+    if first is None or not samples_in(first[0]):
         raise DataError("the data gave no batch")
-    (x, _), labels = moved(picked(first, slice(0, 2)), device), labels_of(first[1])
-    try_inputs(model, (x,))
+    x, labels = moved(picked(first[0], slice(0, 2)), device), labels_of(first[1])
+    try_inputs(model, *arguments_of(x))
     with evaluation(model), torch.no_grad():
-        logits, _ = logits_and_heads(model(x))
+        logits, _ = logits_and_heads(run_on(model, x))
     if logits.dim() != 2:
         raise DataError(f"{name} gives a tensor of shape {tuple(logits.shape)}; expected logits [N, classes]")
     check_classes(data, labels, logits.shape[1], name)
@@ -101,7 +102,7 @@ def score(model: nn.Module, data: Any, batch_size: int, fabric: Fabric, channels
         for batch in _shared(round_in_order(data, batch_size), fabric):
             x, y = moved(batch, fabric.device, channels_last)
             with fabric.autocast():
-                logits, _ = logits_and_heads(model(x))
+                logits, _ = logits_and_heads(run_on(model, x))
             found = _sums(logits.float(), labels_of(y))
             sums = found if sums is None else sums + found
     if fabric.world_size > 1:

@@ -46,9 +46,12 @@ def fit(
             `morph.teaching.objective.Labels`. Its parameters are trained where they ask for a gradient, its
             state_dict is what a checkpoint holds, its ``student`` is validated. Training flags and device are put
             back at the end.
-        data: An object with ``batches(batch_size, seed)``, a pair of tensors, or a DataLoader or list of pairs, of
-            known length. Its order, and all that is drawn from torch's, NumPy's and Python's global states, is decided
-            by the seed; those states are put back. Targets are labels ``[N]``, or a tuple whose first item they are.
+        data: An object with ``batches(batch_size, seed)``, a pair of inputs and targets in memory, or a DataLoader or
+            list of such pairs, of known length. Inputs are a tensor, a tuple of arguments or a mapping of named ones,
+            with the samples on the first axis of every tensor; targets are labels ``[N]``, or a tuple whose first item
+            they are. A mapping with ``labels`` in it, as collators of Hugging Face give, is the pair of the others and
+            these. The order, and all that is drawn from torch's, NumPy's and Python's global states, is decided by the
+            seed; those states are put back.
         validation: Of the same forms; the student is validated on it, as it is, after each round. None for none.
         fabric: Lightning Fabric with the devices, the precision, the loggers and, launched, the processes to use. Of
             several processes each computes a share of each batch, so that their step is that of one process, but for
@@ -70,7 +73,8 @@ def fit(
         The history, and the student's weights after the best round; the student itself holds the last ones.
 
     Raises:
-        TrainingError: If a number is out of its range, there is nothing to train, or the loss is not finite.
+        TrainingError: If a number is out of its range, or there is nothing to train.
+        DivergedError: If the loss, a weight or an output is not finite.
         TrainingStateError: If the checkpoint cannot be read, or is of another run.
         DataError: If the data does not fit the student, or ends.
         TraceError, OutputError: As elsewhere.

@@ -18,14 +18,16 @@ from lightning_fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 
 from morph.batches import round_length
-from morph.errors import DataError, MorphError, TrainingError, TrainingStateError
+from morph.divergence import kept_at, require_finite
+from morph.errors import DataError, DivergedError, MorphError, TrainingError, TrainingStateError
+from morph.inputs import moved
 from morph.search_checkpoint import Kind, load, random_states, save, set_random_states
 from morph.search_progress import Keep
 from morph.teaching.objective import labels_of
 from morph.training.evaluation import Scores, score
 from morph.training.options import FitOptions
 from morph.training.progress import FitProgress, Fitted
-from morph.training.rounds import Batch, fine_type, moved, parts, seeded_round, share
+from morph.training.rounds import Batch, fine_type, parts, seeded_round, share
 
 STATE = Kind("training run", 1, TrainingStateError)
 
@@ -84,7 +86,7 @@ class Run:
         """Go on until the last round is over, or that of ``pause_after``.
 
         Raises:
-            TrainingError: If the loss or a weight is not finite; the state that was saved last stays.
+            DivergedError: If the loss, a weight or an output is not finite; the state that was saved last stays.
             DataError: If the data ends.
             KeyboardInterrupt: If ``should_stop`` says so; the state is saved before.
         """
@@ -98,7 +100,7 @@ class Run:
                 stop = should_stop is not None and self._agreed(should_stop())
                 saves = ends or (self.keep is not None and self.done.step % (self.keep.every or self.length) == 0)
                 if saves or stop or self.done.step % _LOOK_EVERY == 0:
-                    self._require_finite(loss)
+                    require_finite(self.finite, loss, self.trained, self.done.step, self.keep)
                     row = self._end_round() if ends else None
                     if stop or saves:
                         self.save()
@@ -129,7 +131,7 @@ class Run:
             got = self.done.step - number * self.length
             self.save()
             raise DataError(
-                f"the data ended early: round {number + 1} gave {got} of {self.length} batches{self._kept()}"
+                f"the data ended early: round {number + 1} gave {got} of {self.length} batches{kept_at(self.keep)}"
             )
 
     def _step(self, batch: Batch) -> Tensor:
@@ -169,20 +171,6 @@ class Run:
         for name, value in found.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(self.fine)
         self.sums["number"] = self.sums.get("number", torch.zeros_like(self.sums["loss"])) + number
-
-    def _require_finite(self, loss: Tensor) -> None:
-        """Stop where a loss or a weight is no number."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.trained]))
-        if not bool(self.finite & torch.isfinite(norms).all()):
-            raise TrainingError(
-                f"the loss or a weight is not a finite number after step {self.done.step} (loss {float(loss):g}); "
-                f"give a smaller learning rate{self._kept()}"
-            )
-
-    def _kept(self) -> str:
-        """Where the last good state is, for errors."""
-        known = self.keep is not None and self.keep.path.exists()
-        return f"; the last good state is in {self.keep.path}" if known and self.keep else ""
 
     def _end_round(self) -> dict[str, Any]:
         """Write the row of a round, with the validation that follows it."""
@@ -228,7 +216,8 @@ class Run:
                 self.student, self.validation, self.options.batch_size, self.fabric, self.options.channels_last
             )
         except MorphError as error:
-            raise type(error)(f"validation after step {self.done.step}: {error}{self._kept()}") from error
+            kind = DivergedError if isinstance(error, TrainingError) else type(error)  # the run failed, not its input
+            raise kind(f"validation after step {self.done.step}: {error}{kept_at(self.keep)}") from error
 
     def _progress(self, loss: Tensor, row: dict[str, Any] | None) -> FitProgress:
         step = self.done.step

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from morph.augmentation import Augmented
-from morph.batches import cycle_batches, round_length
+from morph.batches import Batches, cycle_batches, round_length, whole
 from morph.errors import DataError
 from morph.images import LabelledImages
+from morph.inputs import Inputs, pair_of, picked, require_samples, samples_in
 from morph.search_checkpoint import random_states, set_random_states
 
 Targets = Tensor | tuple[Tensor, ...]
 """Labels ``[N]``, or a tuple whose first item they are, with more for each sample, as the bits of several channels."""
 
-Batch = tuple[Tensor, Targets]
-"""Inputs ``[N, ...]`` and targets."""
+Batch = tuple[Inputs, Targets]
+"""Inputs and targets; every tensor in them has the samples on its first axis."""
 
 
 def fine_type(device: torch.device) -> torch.dtype:
@@ -50,9 +51,10 @@ def round_in_order(data: Any, batch_size: int) -> Iterator[Batch]:
         data = data.images
     if isinstance(data, LabelledImages):
         data = (data.images, data.labels)
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        round_length(data, batch_size)
-        yield from map(checked, zip(data[0].split(batch_size), data[1].split(batch_size), strict=True))
+    if not isinstance(data, Batches) and (pair := whole(data)) is not None:
+        pair, length = checked(pair), round_length(data, batch_size)
+        for i in range(length):
+            yield picked(pair, slice(i * batch_size, (i + 1) * batch_size))
         return
     states = random_states()
     try:
@@ -62,39 +64,18 @@ def round_in_order(data: Any, batch_size: int) -> Iterator[Batch]:
 
 
 def checked(batch: Any) -> Batch:
-    """The batch, if it is one.
+    """The batch, if it is one; see `morph.inputs.pair_of`.
 
     Raises:
         DataError: If it is not a pair of inputs and targets with as many labels as inputs.
     """
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
-        targets = tuple(batch[1]) if isinstance(batch[1], tuple | list) else batch[1]
-        tensors = targets if isinstance(targets, tuple) else (targets,)
-        if tensors and all(isinstance(t, Tensor) for t in tensors):
-            if any(len(t) != len(batch[0]) for t in tensors):
-                sizes = ", ".join(str(len(t)) for t in tensors)
-                raise DataError(f"a batch of {len(batch[0])} inputs and {sizes} targets; there must be as many")
-            return batch[0], targets
-    raise DataError(
-        f"a batch must be a pair (inputs, targets) of tensors, or with a tuple of tensors as targets, "
-        f"got {type(batch).__name__}"
-    )
-
-
-def moved(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
-    """The batch on a device."""
-    x, y = batch
-    images = channels_last and x.dim() == 4
-    x = x.to(device, non_blocking=True, memory_format=torch.channels_last if images else torch.preserve_format)
-    if isinstance(y, Tensor):
-        return x, y.to(device, non_blocking=True)
-    return x, tuple(t.to(device, non_blocking=True) for t in y)
-
-
-def picked(batch: Batch, pick: slice) -> Batch:
-    """Some samples of a batch."""
-    x, y = batch
-    return x[pick], y[pick] if isinstance(y, Tensor) else tuple(t[pick] for t in y)
+    x, y = pair_of(batch)
+    tensors = y if isinstance(y, tuple) else (y,)
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        kinds = ", ".join(type(t).__name__ for t in tensors) or "nothing"
+        raise DataError(f"a batch must be a pair whose targets are a tensor or a tuple of tensors, got {kinds}")
+    require_samples(x, tensors)
+    return x, y
 
 
 def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:
@@ -103,7 +84,7 @@ def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:
     The processes' gradients are averaged, so a share of ``n`` of ``N`` samples counts ``n * world / N``. Where there
     are fewer samples than processes, one that has none takes the first, and counts nothing.
     """
-    number = len(batch[0])
+    number = samples_in(batch[0])
     mine = range(rank, number, world)
     if world == 1:
         return batch, 1.0
@@ -114,7 +95,7 @@ def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:
 
 def parts(batch: Batch, number: int) -> Iterator[tuple[Batch, float]]:
     """Cut a batch in at most ``number`` parts of nearly the same size, each with its share of the samples."""
-    total = len(batch[0])
+    total = samples_in(batch[0])
     number = min(number, total)
     if number <= 1:
         yield batch, 1.0
