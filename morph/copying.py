@@ -6,9 +6,10 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _ATOMS = {bool, int, float, str, bytes, complex, type(None), type}
+_EMPTY = {dict, OrderedDict, set}  # what may be empty, and is made anew then
 _TENSORS = ("_parameters", "_buffers")
 
 
@@ -34,8 +35,11 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     memo[id(model)] = made
     attributes = vars(made)
     for name, value in vars(model).items():
-        if type(value) in _ATOMS:
+        form = type(value)
+        if form in _ATOMS:
             attributes[name] = value
+        elif form in _EMPTY and not value:
+            attributes[name] = form()
         elif name != "_compiled_call_impl":  # torch leaves it out as well
             attributes[name] = _copied(name, value, memo)
     return made
@@ -44,21 +48,31 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
 def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """A copy of an attribute."""
     kind = type(value)
-    if kind is dict or kind is OrderedDict or kind is set:
-        if not value:
-            return kind()
+    if kind is dict or kind is OrderedDict:
         if name == "_modules":
-            return kind((key, None if m is None else copy_module(m, memo)) for key, m in value.items())
+            return kind([(key, None if m is None else copy_module(m, memo)) for key, m in value.items()])
         if name in _TENSORS:
-            return kind((key, _of_memo(tensor, memo)) for key, tensor in value.items())
+            return kind([(key, _of_memo(tensor, memo)) for key, tensor in value.items()])
     elif kind is tuple and all(type(item) in _ATOMS for item in value):
         return value
     return copy.deepcopy(value, memo)
 
 
 def _of_memo(value: Any, memo: dict[int, Any]) -> Any:
+    """What stands for a tensor in the copy."""
+    if value is None:
+        return None
     known = memo.get(id(value))
-    return copy.deepcopy(value, memo) if known is None else known
+    if known is not None:
+        return known
+    if type(value) is not Tensor or value.requires_grad or value.dim() or vars(value) or value.is_meta:
+        return copy.deepcopy(value, memo)
+    store, stores = value.untyped_storage(), memo.setdefault("torch", {})  # type: ignore[call-overload]
+    if store._cdata in stores or store.nbytes() != value.element_size():  # shares its memory
+        return copy.deepcopy(value, memo)
+    made = memo[id(value)] = value.clone()
+    stores[store._cdata] = made.untyped_storage()  # as torch's own copies remember it
+    return made
 
 
 _ORDINARY: dict[type, bool] = {}

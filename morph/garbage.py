@@ -9,11 +9,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collection inside; what it was set to comes back. Each one would go through everything that is imported."""
+    """No collection inside; what it was set to comes back. Each one would go through everything that is imported.
+
+    At the end what was made inside is looked through once, so that it does not set off a full collection.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            gc.collect(0)
             gc.enable()

@@ -59,7 +59,10 @@ def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
 def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]:
     """The resized tensor for each tensor, by the identity of the old one."""
     tensors = dict(named_tensors(model))
-    indices = {id(edit.index): np.array(edit.index, np.int64) for edit in edits}
+    indices: dict[int, Labels] = {}  # most edits share theirs
+    for edit in edits:
+        if id(edit.index) not in indices:
+            indices[id(edit.index)] = np.array(edit.index, np.int64)
     _check_fit(tensors, edits, indices)
     by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
     for edit in edits:

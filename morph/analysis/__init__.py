@@ -14,7 +14,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.grouping import group_units, list_frozen
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
-from morph.analysis.recording import How, Inputs, Recording, Value
+from morph.analysis.recording import How, Inputs, Recording, Value, named_tensors
 from morph.analysis.rules import RULES
 from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
@@ -168,7 +168,7 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
     """
     admit(model, inputs)
     recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
-    return analysis_of(recording, frozenset(name for name, _ in model.named_parameters()))
+    return analysis_of(recording, frozenset([name for name, _ in named_tensors(model, ("_parameters",))]))
 
 
 def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:

@@ -133,22 +133,24 @@ _FORMS: dict[Any, Callable[..., Any]] = {
 
 def one_device(tree: Any) -> Any:
     """Where tensors without data meet others, take the data off the others."""
-    tensors: list[Tensor] = []
-    _collect(tree, tensors)
+    tensors = collect_tensors(tree, [])
     if not tensors:
         return tree
     bare = tensors[0].is_meta
-    if all(t.is_meta is bare for t in tensors):
-        return tree
-    return each_tensor(tree, lambda t: t if t.is_meta or t.dim() == 0 else t.to("meta"))
+    for tensor in tensors:
+        if tensor.is_meta is not bare:
+            return each_tensor(tree, lambda t: t if t.is_meta or t.dim() == 0 else t.to("meta"))
+    return tree
 
 
-def _collect(tree: Any, found: list[Tensor]) -> None:
+def collect_tensors(tree: Any, found: list[Tensor]) -> list[Tensor]:
+    """``found`` and every tensor in the arguments or outputs of an operator, in order."""
     for item in tree.values() if type(tree) is dict else tree:
         if isinstance(item, Tensor):
             found.append(item)
         elif type(item) in (tuple, list, dict):
-            _collect(item, found)
+            collect_tensors(item, found)
+    return found
 
 
 def with_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

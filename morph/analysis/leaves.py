@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morph.analysis.recording import bare
+
 _aten = torch.ops.aten
 Forward = Callable[[Tensor], Tensor]
-Write = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]  # target, arguments, named arguments, output
+Write = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]  # target, arguments, named
+# arguments without tensors, and output: a tensor, or several with None for those that nobody asks for
 
 
 def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | None:
@@ -35,12 +38,12 @@ def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | No
 
 def _new(shape: Sequence[int], like: Tensor) -> Tensor:
     with torch._C._DisableTorchDispatch():
-        return torch.empty(shape, dtype=like.dtype, device="meta")
+        return bare(shape, like.dtype)
 
 
 def _alike(x: Tensor) -> Tensor:
     with torch._C._DisableTorchDispatch():
-        return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+        return bare(x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _bare(x: Any) -> bool:
@@ -87,13 +90,13 @@ def _batch_norm(module: Any, own: Forward, write: Write) -> Forward:
         mean = buffers["running_mean"]
         if module.training or mean is None or not _plain(x) or x.dim() != rank or x.shape[1] != len(mean):
             return own(x)
-        output, none = _alike(x), _new((0,), x)
+        output = _alike(x)
         weight, bias, var = parameters["weight"], parameters["bias"], buffers["running_var"]
         write(
             _aten.native_batch_norm.default,
             (x, weight, bias, mean, var, False, module.momentum or 0.0, module.eps),
             {},
-            (output, none, _new((0,), x)),
+            (output, None, None),
         )
         return output
 
@@ -123,7 +126,7 @@ def _layer_norm(module: Any, own: Forward, write: Write) -> Forward:
             return own(x)
         output = _new(x.shape, x)
         arguments = (x, shape, parameters["weight"], parameters["bias"], module.eps)
-        write(_aten.native_layer_norm.default, arguments, {}, (output, _new((0,), x), _new((0,), x)))
+        write(_aten.native_layer_norm.default, arguments, {}, (output, None, None))
         return output
 
     return forward

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -62,16 +64,24 @@ class Call:
     output: Any
     module: str
     frame: tuple[str, int, str]
-    reads: list[Value] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reads = values_in((self.args, self.kwargs))
+    reads: list[Value]
 
     @property
     def where(self) -> str:
         """The user's line, as ``file:line, in function``; empty if there is none."""
         file, line, function = self.frame
         return f"{file}:{line}, in {function}" if file else ""
+
+
+class Sink:
+    """Where quick forwards of modules tell what they would have called; whoever runs the model sets ``take``."""
+
+    def __init__(self) -> None:
+        self.take: Callable[[str, Any, tuple[Any, ...], dict[str, Any], Any], None] = Sink.nowhere
+
+    @staticmethod
+    def nowhere(path: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Nobody listens."""
 
 
 @dataclass(eq=False)
@@ -90,6 +100,8 @@ class Recording:
         shared: Names of parameters or buffers that share memory with another one of a different form.
         skeleton: The copy without data that was run, if there is one.
         whole: Module classes that were recorded as one call.
+        quick: Of modules of ``skeleton``, their attributes, and a forward that calls nothing.
+        sink: Told by these forwards what they would have called.
     """
 
     sources: dict[str, Value] = field(default_factory=dict)
@@ -103,22 +115,35 @@ class Recording:
     shared: tuple[str, ...] = ()
     skeleton: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
+    quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
+    sink: Sink = field(default_factory=Sink)
 
-    @property
+    @functools.cached_property
     def settled(self) -> int:
         """How many calls of the run in evaluation mode come before the first whose shape depends on values."""
-        for number, call in enumerate(self.calls[: self.evaluated]):
-            tags = getattr(call.target, "tags", ())
-            name = str(call.target)
-            if "nms" in name or (torch.Tag.dynamic_output_shape in tags and "index" not in name):
-                return number
-        return self.evaluated
+        calls = self.calls[: self.evaluated]
+        return next((n for n, call in enumerate(calls) if _depends_on_values(call.target)), self.evaluated)
 
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""
-        value = Value(len(self.values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
+        values = self.values
+        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
+        values.append(value)
+        return value
+
+    def nothing(self) -> Value:
+        """Add a value for an output that nobody asked for: a tensor without elements."""
+        value = Value(len(self.values), (0,))
         self.values.append(value)
         return value
+
+
+@functools.cache
+def _depends_on_values(target: Any) -> bool:
+    """Whether the shape that an operator gives depends on values."""
+    name = str(target)
+    dynamic = torch.Tag.dynamic_output_shape in getattr(target, "tags", ())
+    return "nms" in name or (dynamic and "index" not in name)
 
 
 def values_in(tree: Any) -> list[Value]:
@@ -158,24 +183,32 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tu
     return found
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter and buffer once, by its first name."""
+def named_tensors(model: nn.Module, held: Sequence[str] = ("_parameters", "_buffers")) -> list[tuple[str, Tensor]]:
+    """Each parameter and buffer once, by its first name; or only those of one kind."""
+    found: list[tuple[str, Tensor]] = []
     seen: set[int] = set()
     modules = named_modules(model)
-    for held in ("_parameters", "_buffers"):
+    for kind in held:
         for path, module in modules:
-            for name, tensor in vars(module)[held].items():
+            table = vars(module)[kind]
+            if not table:
+                continue
+            start = f"{path}." if path else ""
+            for name, tensor in table.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield f"{path}.{name}" if path else name, tensor
+                    found.append((start + name, tensor))
+    return found
 
 
-def sharing(model: nn.Module) -> tuple[str, ...]:
-    """Names of parameters and buffers that share their memory with another one; copies of the model do not."""
+def sharing(tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
+    """Names of those parameters and buffers that share their memory with another one; copies of the model do not."""
     by_memory: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(model):
-        if tensor.numel() and tensor.layout == torch.strided:
+    for name, tensor in tensors:
+        if tensor.layout == torch.strided and tensor.numel():
             by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    if len(by_memory) == len(tensors):
+        return ()
     return tuple(name for names in by_memory.values() if len(names) > 1 for name in names)
 
 
@@ -191,11 +224,24 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+_META = torch.device("meta")
+
+
+def bare(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of the usual layout without data; faster than ``torch.empty``."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n or 1
+    strides.reverse()
+    return torch.empty_strided(shape, strides, dtype=dtype, device=_META)
+
+
 def without_data(tensor: Tensor) -> Tensor:
     """A tensor of the same form without data; whole numbers keep theirs: they are small, and code may look at them."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.device.type == "meta":
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
         if tensor.is_contiguous():
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            return bare(tensor.shape, tensor.dtype)
         return torch.empty_like(tensor, device="meta")
     return tensor.detach().cpu().clone()
 
@@ -206,34 +252,41 @@ _HELD = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")  # c
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks."""
-    saved, modules = [], named_modules(model)
-    kinds = [(module, type(module)) for _, module in modules]
-    for _, module in modules:
+    saved: list[tuple[dict[str, Any], list[str], list[Any]]] = []
+    kinds = []
+    for _, module in named_modules(model):
+        kinds.append((module, type(module)))
         attributes = vars(module)
-        saved.append((attributes, dict(attributes)))
-        saved += [(attributes[held], dict(attributes[held])) for held in _HELD]
+        saved.append((attributes, list(attributes), list(attributes.values())))
+        for held in _HELD:
+            table = attributes[held]
+            saved.append((table, list(table), list(table.values())))
     try:
         yield
     finally:
         for module, kind in kinds:
             if type(module) is not kind:
                 module.__class__ = kind
-        for now, before in saved:
-            if len(now) != len(before) or any(now.get(name, saved) is not value for name, value in before.items()):
+        for now, names, values in saved:
+            if len(now) != len(names) or not all(map(operator.is_, now.values(), values)) or list(now) != names:
                 now.clear()
-                now.update(before)
+                now.update(zip(names, values, strict=True))
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = None) -> nn.Module:
     """A copy of ``model`` in evaluation mode whose floating-point tensors have shapes but no data.
 
     Whole-number buffers keep their data (they are small, and code may look at them).
+
+    Args:
+        model: Not touched.
+        tensors: Its parameters and buffers, if they are at hand.
 
     Raises:
         TraceError: If the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for _, tensor in named_tensors(model):
+    for _, tensor in named_tensors(model) if tensors is None else tensors:
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(without_data(tensor), requires_grad=False)
         else:

@@ -1,0 +1,152 @@
+"""Run a cut model without data and see that it calls what the model before called, with the sizes expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from morph.analysis.bare import collect_tensors, one_device, run_bare, with_data
+from morph.analysis.recording import (
+    Call,
+    Inputs,
+    Recording,
+    Sink,
+    Value,
+    arguments_of,
+    plain_attention,
+    values_in,
+    without_data,
+)
+from morph.inputs import plain
+
+Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have after the cut
+
+
+def follows(model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes) -> bool:
+    """Whether a model without data calls one by one what was recorded, each with the shapes and constants expected.
+
+    Nothing is written down, which makes this faster than to record the run and to compare. It says no at the first
+    difference of any kind, also where a longer look would show that the model does the same.
+
+    Args:
+        model: The skeleton of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
+        inputs: What the recording was made with.
+        recording: A run with shapes only, without modules that were recorded as one call.
+        shape: The shape expected of each tensor.
+    """
+    follower = _Follower(recording.calls[: recording.evaluated], shape)
+    args, kwargs = arguments_of(pytree.tree_map_only(Tensor, without_data, plain(inputs)))
+    try:
+        with _quick(recording, follower), torch.no_grad(), plain_attention(), follower:
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return not follower.differs and follower.at == len(follower.calls)
+
+
+@contextmanager
+def _quick(recording: Recording, follower: _Follower) -> Iterator[None]:
+    """Let layers of torch's own tell the follower what they would call."""
+    for attributes, forward in recording.quick:
+        attributes["forward"] = forward
+    recording.sink.take = follower.take
+    try:
+        yield
+    finally:
+        recording.sink.take = Sink.nowhere
+        for attributes, _ in recording.quick:
+            attributes.pop("forward", None)
+
+
+class _DiffersError(Exception):
+    """The model does something else."""
+
+
+class _Follower(TorchDispatchMode):
+    """Compares every operator with the next one expected."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as for the recorder
+
+    def __init__(self, calls: Sequence[Call], shape: Shapes) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls, self.shape = calls, shape
+        self.at = 0
+        self.differs = False  # the model may swallow the error
+
+    def take(self, path: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A layer would have called this."""
+        call = self._next(target)
+        for before, now in zip(call.args, args, strict=False):
+            if type(before) is float and before != now:
+                self._stop()
+        value = call.output
+        if type(value) is Value:
+            if output.shape != self.shape(value):
+                self._stop()
+        elif output[0].shape != self.shape(value[0]):  # the others are those that nobody asks for
+            self._stop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call, kwargs = self._next(func), kwargs or {}
+        constants = [value.data for value in call.reads]
+        if any(data is not None for data in constants):
+            self._compare_constants(constants, (args, kwargs))
+        if floats_in(call.args) != floats_in(args):
+            self._stop()
+        args, kwargs = one_device((args, kwargs))
+        output = run_bare(func, args, with_data(func, args, kwargs))
+        values = values_in(call.output)
+        tensors = collect_tensors((output,), [])
+        if len(values) != len(tensors):
+            self._stop()
+        for value, tensor in zip(values, tensors, strict=True):
+            if tensor.shape != self.shape(value):
+                self._stop()
+        return output
+
+    def _compare_constants(self, constants: list[Tensor | None], arguments: Any) -> None:
+        """Constants must be what they were."""
+        tensors = collect_tensors(arguments, [])
+        if len(tensors) != len(constants):
+            self._stop()
+        for before, now in zip(constants, tensors, strict=True):
+            if before is not None and (now.is_meta or not same_data(before, now)):
+                self._stop()
+
+    def _next(self, target: Any) -> Call:
+        """The call that is expected now."""
+        at = self.at
+        if at == len(self.calls) or self.calls[at].target is not target:
+            self._stop()
+        self.at = at + 1
+        return self.calls[at]
+
+    def _stop(self) -> None:
+        self.differs = True
+        raise _DiffersError
+
+
+def same_data(one: Tensor, other: Tensor) -> bool:
+    """Whether two small constants are equal; larger ones are data that moves, and their shapes are compared."""
+    return one.numel() > 16 or one.shape != other.shape or bool((one == other).all())
+
+
+def floats_in(tree: Any) -> list[float]:
+    """Every floating-point constant among arguments."""
+    found: list[float] = []
+    for item in tree:
+        if type(item) is float:
+            found.append(item)
+        elif type(item) in (list, tuple):
+            found += floats_in(item)
+    return found
