@@ -65,7 +65,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             grown = graph_of(grown)
         else:
             grown = copy.deepcopy(model) if grown is model else grown
-            _apply(grown, kind, edits)
+            _apply(grown, kind, edits, model)
     return copy.deepcopy(model) if grown is model else grown
 
 
@@ -89,8 +89,8 @@ def _kind(edit: Edit) -> type:
     return SetConstant if isinstance(edit, SplitAt) else type(edit)
 
 
-def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
-    """Apply edits of one kind, in place."""
+def _apply(grown: nn.Module, kind: type, edits: list[Any], origin: nn.Module) -> None:
+    """Apply edits of one kind, in place; ``origin`` is what came in."""
     if kind is SetAttribute:
         set_attributes(grown, edits)
     elif kind is SetConfig:
@@ -133,11 +133,14 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any]) -> None:
                 seed=edit.seed,
             )
         elif isinstance(edit, Reinitialise):
-            reinitialise(grown, edit.seed)
+            reinitialise(grown, edit.seed, origin)
 
 
-def reinitialise(model: nn.Module, seed: int) -> None:
+def reinitialise(model: nn.Module, seed: int, origin: nn.Module | None = None) -> None:
     """Draw every weight of ``model`` afresh, in place, by each module's own ``reset_parameters``.
+
+    A traced graph keeps the parameters of modules that were traced through, but not the modules: these are drawn by the
+    module of the same path in ``origin``, the model that was traced.
 
     What stands in the place of a residual branch that was dropped becomes zero.
 
@@ -146,12 +149,12 @@ def reinitialise(model: nn.Module, seed: int) -> None:
     Raises:
         EditError: As `check_reinitialise`.
     """
-    check_reinitialise(model)
-    owned = [module for module in model.modules() if module._parameters or module._buffers]
+    check_reinitialise(model, origin)
+    owned = [(path, module) for path, module in model.named_modules() if module._parameters or module._buffers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in owned:
-            reset = getattr(module, "reset_parameters", None)
+        for path, module in owned:
+            reset = getattr(_own(module, path, origin), "reset_parameters", None)
             if reset is not None:
                 reset()
     with torch.no_grad():
@@ -160,7 +163,19 @@ def reinitialise(model: nn.Module, seed: int) -> None:
                 parameter.zero_()
 
 
-def check_reinitialise(model: nn.Module) -> None:
+def _own(module: nn.Module, path: str, origin: nn.Module | None) -> nn.Module:
+    """The module itself, or for one that only keeps parameters the module that these were of, around them."""
+    if type(module) is not nn.Module or origin is None:
+        return module
+    found = dict(origin.named_modules(remove_duplicate=False)).get(path)
+    if found is None:
+        return module
+    whole: nn.Module = copy.copy(found)
+    whole._parameters, whole._buffers = module._parameters, module._buffers
+    return whole
+
+
+def check_reinitialise(model: nn.Module, origin: nn.Module | None = None) -> None:
     """See that every weight of ``model`` can be drawn afresh.
 
     Raises:
@@ -170,7 +185,8 @@ def check_reinitialise(model: nn.Module) -> None:
     unable = [
         path or type(m).__name__
         for path, m in owned
-        if any(not name.startswith(SHIFT) for name in m._parameters) and not hasattr(m, "reset_parameters")
+        if any(not name.startswith(SHIFT) for name in m._parameters)
+        and not hasattr(_own(m, path, origin), "reset_parameters")
     ]
     if unable:
         raise EditError(

@@ -155,7 +155,7 @@ def _student(teacher: nn.Module, data: Data, space: SearchSpace, options: Search
     plan, model = removed.record.plan, removed.model.requires_grad_(True)
     if not options.inherit:
         plan = Plan((*plan.edits, Reinitialise(options.seed)))
-        reinitialise(model, options.seed)
+        reinitialise(model, options.seed, teacher)
     after = count(model, picked(space.inputs, slice(0, 1)))
     record = Record(
         command=COMMAND,
