@@ -19,6 +19,7 @@ from torch import nn
 from morph.batches import Data, describe_data
 from morph.counts import Counts, count
 from morph.cut import check_reinitialise, reinitialise
+from morph.errors import EditError
 from morph.inputs import picked, tensors_of
 from morph.passes.gates import gates_of
 from morph.plan import Plan, Record, Reinitialise
@@ -53,7 +54,7 @@ def search_student(
     """Find a student of a given size inside a teacher.
 
     Args:
-        teacher: Gives logits ``[N, C]`` and nothing else; not touched.
+        teacher: Gives logits ``[N, C]``, as `morph.inputs.logits_in` finds them; not touched.
         data: An object with ``batches(batch_size, seed)``, a pair of inputs and labels, or a DataLoader or list of
             pairs, of known length; inputs as for `morph.fit`. Its order, and all that is drawn from torch's, NumPy's
             and Python's global states, is decided by the seed; those states are put back.
@@ -94,7 +95,7 @@ def search_student(
     """
     numbers = SearchOptions(**options)
     if not numbers.inherit:
-        check_reinitialise(teacher)
+        _require_fresh(teacher)
     states = random_states()
     try:
         seed_everything(numbers.seed)
@@ -109,6 +110,14 @@ def search_student(
         return _student(teacher, data, space, numbers, found)
     finally:
         set_random_states(states)
+
+
+def _require_fresh(teacher: nn.Module) -> None:
+    """See that the student's weights can be drawn afresh."""
+    try:
+        check_reinitialise(teacher)
+    except EditError as error:
+        raise EditError(f"{error}; the student can keep the weights of the search instead (inherit)") from error
 
 
 def _search(
