@@ -148,14 +148,15 @@ def score_path(model: nn.Module) -> str:
     return paths[0]
 
 
-def channel_logits(model: nn.Module, *inputs: Any) -> tuple[Any, Tensor]:
+def channel_logits(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
     """Run a model with a label head: its output, and the logits of the channels ``[N, classes * channels]``.
 
     Gradients flow through both. The model keeps its mode, and no hook is left on it.
 
     Args:
         model: Has one `MultiChannelHead` or `VotingHead`.
-        inputs: What the model is called with.
+        inputs: What the model is called with,
+        named: and by name.
 
     Raises:
         HeadError: If it does not have exactly one, or runs it not exactly once.
@@ -164,7 +165,7 @@ def channel_logits(model: nn.Module, *inputs: Any) -> tuple[Any, Tensor]:
     scores: list[Tensor] = []
     handle = head.score.register_forward_hook(lambda module, args, output: scores.append(output))
     try:
-        output = model(*inputs)
+        output = model(*inputs, **named)
     finally:
         handle.remove()
     if len(scores) != 1:

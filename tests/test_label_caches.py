@@ -291,7 +291,7 @@ def test_bad_input(tmp_path):
         (lambda p: extract_labels(teacher(), Augmented(images), p), DataError, "stay what they are, got Augmented"),
         (lambda p: extract_labels(teacher(), [images], p), DataError, "got list"),
         (lambda p: extract_logits(teacher(), images, p, dtype="int8"), DataError, "logits in 'int8'; give float16 or"),
-        (lambda p: extract_logits(nn.Identity(), images, p), DataError, r"puts out \[1, 3, 8, 8\] for one image"),
+        (lambda p: extract_logits(nn.Identity(), images, p), DataError, r"puts out \[1, 3, 8, 8\] for one sample"),
         (lambda p: extract_labels(teacher(), images, p / "no" / "x"), OutputError, "does not exist"),
     ]:
         with pytest.raises(error, match=text):

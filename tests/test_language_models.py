@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 
 import pytest
 import torch
 from lightning_fabric import Fabric
-from models import Snapshot
+from models import Snapshot, randomise
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 import morph
 from morph.batches import one_round
 from morph.errors import CacheError, DataError, MorphError, NothingToGrowError, TeachingError, TraceError
-from morph.labels import extract_logits
+from morph.labels import LabelledSamples, LogitCache, WithTargets, extract_logits
 from morph.search_losses import kl_divergence
 from morph.teaching.adapters import bridge
 from morph.teaching.distillation import Distillation
@@ -260,6 +261,34 @@ def test_units_are_scored_with_batches_of_the_collator():
     assert all(torch.equal(logits[0], other) for other in logits[1:])
 
 
+def test_what_a_teacher_says_is_read_from_disk(tmp_path):
+    """Logits of every sentence by its index, whatever order they come in; and the lesson is the same."""
+    student, teacher = (randomise(net, seed) for seed, net in enumerate(networks()))
+    teacher.eval()
+    with torch.no_grad():
+        wanted = teacher(**X).logits
+    cache = extract_logits(teacher, (encoded(), Y), tmp_path / "said.logits", batch_size=4)
+    torch.testing.assert_close(cache[torch.arange(11)], wanted.float())
+    assert LogitCache.open(cache.path, teacher=teacher, data=X | {"labels": Y}).path == cache.path
+    samples = LabelledSamples(X, Y)
+    data = WithTargets(samples, cache)
+    for (x, (y, said)), (plain, labels) in zip(data.batches(4, 3), islice(samples.batches(4, 3), 6), strict=False):
+        assert all(torch.equal(x[name], plain[name]) for name in X)
+        assert torch.equal(y, labels)
+        rows = [next(i for i in range(11) if torch.equal(X["input_ids"][i], one)) for one in x["input_ids"]]
+        torch.testing.assert_close(said, wanted[rows].float())
+    other = {"input_ids": X["input_ids"].roll(1, 0), "attention_mask": X["attention_mask"]}
+    for changed in ((other, Y), (X, Y.roll(1)), ({**X, "token_type_ids": torch.zeros_like(X["input_ids"])}, Y)):
+        with pytest.raises(CacheError, match="is of other data"):
+            LogitCache.open(cache.path, data=changed)
+    objective = Distillation(student, teacher, [SoftLabels(2.0, 0.7)], example_inputs=X)
+    live, cached = objective(encoded(), Y), objective(encoded(), (Y, cache[:]))
+    torch.testing.assert_close(live.loss, cached.loss, rtol=1e-6, atol=0, check_dtype=False)
+    wrong = objective(encoded(), (Y, cache[:].roll(1, 0)))
+    assert not torch.allclose(live.loss.float(), wrong.loss.float(), rtol=1e-3)
+    assert len(morph.fit(objective, data, fabric=cpu(), **NUMBERS).history) == 2
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -274,8 +303,8 @@ def test_units_are_scored_with_batches_of_the_collator():
             DataError,
             "gives BaseModelOutputWithPoolingAndCrossAttentions; expected logits .* under that name",
         ),
-        (lambda: morph.expand(bert(), (X, Y), target_params=1e6), NothingToGrowError, "no grouped .* --move widen"),
-        (lambda: extract_logits(bert(), (X, Y), "never"), DataError, "a cache needs images that have an index"),
+        (lambda: morph.expand(bert(), (X, Y), target_params=1e6), NothingToGrowError, "no grouped .*--move widen"),
+        (lambda: extract_logits(bert(), [(X, Y)], "never"), DataError, "a cache needs samples that have an index"),
     ],
 )
 def test_what_is_refused_says_so(call, error, message):

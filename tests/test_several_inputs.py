@@ -238,7 +238,7 @@ def test_what_is_refused():
         morph.propose_pairs(teacher, student, NAMED)
     with pytest.raises(TraceError, match="unexpected keyword argument 'wrong'; give inputs of the shapes, types and n"):
         lesson(student, teacher, {**NAMED, "wrong": X[0]})
-    with pytest.raises(DataError, match=r"a cache needs images that have an index .* got tuple"):
-        extract_logits(teacher, (X, Y), "never.logits")
+    with pytest.raises(DataError, match=r"a cache needs samples that have an index .* got list"):
+        extract_logits(teacher, [(X, Y)], "never.logits")
     with pytest.raises(DataError, match=r"8 targets whose input \['factor'\] is of shape \[1, 1\]"):
         morph.evaluate(student, [({"left": X[0][:8], "right": X[1][:8], "factor": X[0][:1, :1]}, Y[:8])])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from morph.errors import CacheError
-from morph.images import LabelledImages
 from morph.labels.cache_file import Header, Rows, read
 from morph.labels.digests import data_digest, teacher_digest
+from morph.labels.samples import Known
 
 Index = int | slice | Sequence[int] | Tensor
 
@@ -37,7 +37,7 @@ class Cache:
         path: str | Path,
         *,
         teacher: nn.Module | None = None,
-        data: LabelledImages | tuple[Tensor, Tensor] | None = None,
+        data: Known | None = None,
     ) -> Self:
         """Open a cache and check it.
 

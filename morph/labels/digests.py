@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from morph.errors import DataError
-from morph.images import LabelledImages, check_lengths
+from morph.labels.samples import Known, labelled
 
 
 def teacher_digest(teacher: nn.Module) -> str:
@@ -21,23 +20,6 @@ def teacher_digest(teacher: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def data_digest(data: LabelledImages | tuple[Tensor, Tensor]) -> str:
-    """The fingerprint of images and labels in their order."""
+def data_digest(data: Known) -> str:
+    """The fingerprint of samples and labels in their order."""
     return labelled(data).fingerprint()
-
-
-def labelled(data: LabelledImages | tuple[Tensor, Tensor]) -> LabelledImages:
-    """Images and labels by their index.
-
-    Raises:
-        DataError: If the data does not give the same image for the same index each time.
-    """
-    if isinstance(data, LabelledImages):
-        return data
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        check_lengths("tensors", *data)
-        return LabelledImages(data[0].float(), data[1].long())
-    raise DataError(
-        f"a cache needs images that have an index and stay what they are, got {type(data).__name__}; give "
-        "LabelledImages without augmentation, or a pair of tensors (images, labels)"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from morph.atomic import check_writable
 from morph.errors import CacheError, DataError
-from morph.images import LabelledImages
+from morph.inputs import Inputs, arguments_of, logits_in, moved, picked, run_on, samples_in
 from morph.label_heads import channel_logits, head_of
 from morph.labels.cache_file import Header, Rows, appending, finish, part_of, read, require_same
 from morph.labels.caches import LabelCache, LogitCache
-from morph.labels.digests import labelled, teacher_digest
+from morph.labels.digests import teacher_digest
+from morph.labels.samples import Indexed, Known, inputs_of, labelled
 from morph.tracing import evaluation
 from morph.zeroing import outputs_of
 
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 def extract_labels(
     teacher: nn.Module,
-    data: LabelledImages | tuple[Tensor, Tensor],
+    data: Known,
     path: str | Path,
     *,
     threshold: float = 0.5,
@@ -45,7 +46,7 @@ def extract_labels(
     Args:
         teacher: Has a `morph.label_heads.MultiChannelHead` (or a `VotingHead`); run in evaluation mode on the device
             that it is on, and left as it is.
-        data: Images and labels; without augmentation.
+        data: Images and labels without augmentation; or inputs of any form with labels, as a pair or as a mapping.
         path: Where to write.
         threshold: Where a vote, the sigmoid of a channel, counts; above 0 and below 1.
         batch_size: Images that the teacher sees at once.
@@ -65,8 +66,9 @@ def extract_labels(
     bits = head.num_classes * head.channels
     limit = float(np.log(threshold / (1 - threshold)))  # of the logit
 
-    def rows_of(x: Tensor) -> Rows:
-        logits = _checked(channel_logits(teacher, x)[1], bits)
+    def rows_of(x: Inputs) -> Rows:
+        args, named = arguments_of(x)
+        logits = _checked(channel_logits(teacher, *args, **named)[1], bits)
         return np.packbits(logits >= limit, axis=1)
 
     images, header = _prepare(
@@ -86,7 +88,7 @@ def extract_labels(
 
 def extract_logits(
     teacher: nn.Module,
-    data: LabelledImages | tuple[Tensor, Tensor],
+    data: Known,
     path: str | Path,
     *,
     dtype: Literal["float16", "float32"] = "float32",
@@ -110,16 +112,16 @@ def extract_logits(
     """
     if dtype not in ("float16", "float32"):
         raise DataError(f"logits in {dtype!r}; give float16 or float32")
-    first = labelled(data).images[:1]
+    first = moved(picked(inputs_of(labelled(data)), slice(0, 1)), _device(teacher))
     with evaluation(teacher), torch.no_grad():
-        logits = outputs_of(teacher(first.to(_device(teacher))))
-    if not logits or logits[0].dim() != 2:
-        got = list(logits[0].shape) if logits else "no floating-point tensor"
-        raise DataError(f"{type(teacher).__name__} puts out {got} for one image, expected logits [1, classes]")
-    classes = logits[0].shape[1]
+        logits = _logits(teacher, first)
+    if logits is None or logits.dim() != 2:
+        got = "no logits" if logits is None else list(logits.shape)
+        raise DataError(f"{type(teacher).__name__} puts out {got} for one sample, expected logits [1, classes]")
+    classes = logits.shape[1]
 
-    def rows_of(x: Tensor) -> Rows:
-        numbers = _checked(outputs_of(teacher(x))[0], classes)
+    def rows_of(x: Inputs) -> Rows:
+        numbers = _checked(cast(Tensor, _logits(teacher, x)), classes)
         with np.errstate(over="ignore"):
             stored = numbers.astype(np.dtype(dtype).newbyteorder("<"))
         if not np.isfinite(stored).all():
@@ -142,9 +144,16 @@ def extract_logits(
     return LogitCache.open(path)
 
 
+def _logits(teacher: nn.Module, x: Inputs) -> Tensor | None:
+    """What a teacher gives as logits: by that name or first, else its first output of real numbers."""
+    output = run_on(teacher, x)
+    found = logits_in(output)
+    return next(iter(outputs_of(output)), None) if found is None else found
+
+
 def _prepare(
     teacher: nn.Module,
-    data: LabelledImages | tuple[Tensor, Tensor],
+    data: Known,
     batch_size: int,
     *,
     kind: str,
@@ -153,7 +162,7 @@ def _prepare(
     channels: int,
     dtype: str,
     threshold: float,
-) -> tuple[LabelledImages, Header]:
+) -> tuple[Indexed, Header]:
     """The images, and what the file will be."""
     images = labelled(data)
     if batch_size < 1:
@@ -175,10 +184,10 @@ def _prepare(
 
 def _extract(
     teacher: nn.Module,
-    images: LabelledImages,
+    images: Indexed,
     path: Path,
     header: Header,
-    rows_of: Callable[[Tensor], Rows],
+    rows_of: Callable[[Inputs], Rows],
     on_progress: Progress,
     *,
     force: bool,
@@ -195,7 +204,7 @@ def _extract(
         on_progress(done, len(images))
         with evaluation(teacher), torch.no_grad():
             for start in range(done, len(images), header.batch_size):
-                x = images.images[start : start + header.batch_size].to(device)
+                x = moved(picked(inputs_of(images), slice(start, start + header.batch_size)), device)
                 try:
                     rows = rows_of(x)
                 except _NotFiniteError as error:
@@ -203,11 +212,12 @@ def _extract(
                         f"{type(teacher).__name__} gives a value that is not finite (NaN or infinity) for image "
                         f"{start + error.row}; what was done before it is in {part_of(path)}"
                     ) from error
-                if rows.shape != (len(x), header.row_bytes):
-                    raise CacheError(f"{path}: {len(x)} images gave rows of shape {rows.shape}")
+                asked = samples_in(x)
+                if rows.shape != (asked, header.row_bytes):
+                    raise CacheError(f"{path}: {asked} images gave rows of shape {rows.shape}")
                 file.write(rows.tobytes())
                 file.flush()
-                on_progress(start + len(x), len(images))
+                on_progress(start + asked, len(images))
         os.fsync(file.fileno())
     finish(path, header, force=force)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from morph.augmentation import Augmented
 from morph.images import LabelledImages
+from morph.inputs import Inputs
 from morph.labels.caches import LabelCache, LogitCache, require_data
+from morph.labels.samples import Indexed
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,34 +24,35 @@ class WithTargets:
     image as it is.
 
     Attributes:
-        images: Images and labels, augmented or not.
+        images: Images and labels, augmented or not; or `morph.labels.samples.LabelledSamples`.
         cache: Of just these images.
 
     Raises:
         CacheError: If the cache is of other data.
     """
 
-    images: LabelledImages | Augmented
+    images: Indexed | Augmented
     cache: LabelCache | LogitCache
 
     def __post_init__(self) -> None:
         require_data(self.cache.header, self._plain().fingerprint(), self.cache.path)
 
-    def _plain(self) -> LabelledImages:
+    def _plain(self) -> Indexed:
         return self.images.images if isinstance(self.images, Augmented) else self.images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Inputs, tuple[Tensor, Tensor]]]:
         """Yield ``(images, (labels [n], targets [n, columns]))`` for ever, in an order that the seed decides.
 
         Raises:
             DataError: If ``batch_size`` is below one.
         """
         plain = self._plain()
-        indexed = dataclasses.replace(plain, labels=torch.arange(len(plain)))
-        same = dataclasses.replace(self.images, images=indexed) if isinstance(self.images, Augmented) else indexed
+        same: Indexed | Augmented = dataclasses.replace(plain, labels=torch.arange(len(plain)))
+        if isinstance(self.images, Augmented) and isinstance(same, LabelledImages):
+            same = dataclasses.replace(self.images, images=same)
         for x, index in same.batches(batch_size, seed):
             yield x, (plain.labels[index], self.cache[index])
 
