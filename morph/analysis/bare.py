@@ -34,6 +34,15 @@ def _normed(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _alike(x), _empty((0,), x), _empty((0,), x)
 
 
+def _layer_normed(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `_normed`, if the shape is that of the last axes; the kernel says what is wrong with another."""
+    last = tuple(shape)
+    given = [x.shape[-len(last) :], *(t.shape for t in (weight, bias) if t is not None)]
+    return _normed(x) if all(tuple(other) == last for other in given) else None
+
+
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device="meta")
 
@@ -120,9 +129,8 @@ _FORMS: dict[Any, Callable[..., Any]] = {
         ),
         _alike,
     ),
-    **dict.fromkeys(
-        (_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default), _normed
-    ),
+    **dict.fromkeys((_aten.native_batch_norm.default, _aten.native_group_norm.default), _normed),
+    _aten.native_layer_norm.default: _layer_normed,
     **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar), _paired),
     **dict.fromkeys((_aten.mean.dim, _aten.sum.dim_IntList), _reduced),
     _aten.mm.default: _product,
