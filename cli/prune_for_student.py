@@ -187,11 +187,8 @@ def _target(record: dict[str, Any], options: SearchOptions) -> dict[str, Any]:
 def _dry_run(args: argparse.Namespace, opened: OpenedModel, options: SearchOptions) -> int:
     """Count."""
     from morph.cli import console
-    from morph.cut import check_reinitialise
     from morph.search_space import open_space, space_facts
 
-    if not options.inherit:
-        check_reinitialise(opened.model)
     targets = {"target_macs": args.target_macs, "target_params": args.target_params}
     space = open_space(opened.model, random_inputs_from(args, opened), options, **targets)
     facts = space_facts(space)
