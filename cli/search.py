@@ -104,7 +104,7 @@ def _search(args: argparse.Namespace, job: Job, stop: Callable[[], bool]) -> Fam
     from morph.cli import console
     from morph.cli.search_table import Table
     from morph.family.search import search_family
-    from morph.family.workers import Patience
+    from morph.family.takeover import Patience
 
     with console.board(quiet=args.json) as board:
         table = Table(board, job.settings.budgets, args.rounds, max(1, args.workers or 1))
