@@ -43,19 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run."""
-    from morph.family.budgets import Budgets
-
-    budgets = Budgets(args.budget_epochs)
-    if args.dry_run:
-        return _dry_run(args, budgets)
     from morph.cli import console
     from morph.cli.running import asked_to_stop
     from morph.cli.search_results import read_other, show, write
     from morph.cli.search_setup import set_up
     from morph.cli.search_workers import Workers
+    from morph.family.budgets import Budgets
 
+    budgets = Budgets(args.budget_epochs)
     other = read_other(args.compare)
     job = set_up(args, budgets)
+    if args.dry_run:
+        return _dry_run(args, budgets)
     with asked_to_stop() as stop, Workers(args) as workers:
         try:
             found = _search(args, job, stop)

@@ -296,6 +296,28 @@ def test_a_storage_elsewhere(capsys):
 )
 def test_bad_input_is_one_clear_line(capsys, arguments, message):
     assert message in bad(capsys, *arguments)
+    if not any(missing in message for missing in ("with --out DIR", "give a teacher with")):
+        assert message in bad(capsys, *arguments, "--dry-run")  # which refuses it too
+    assert not Path("out").exists()
+
+
+def test_a_dry_run_looks_at_a_study_that_is_there_and_writes_nothing(capsys):
+    def everything():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path().rglob("*") if path.is_file()}
+
+    for more in (("--storage", "sqlite:///shared.db"), ()):
+        arguments = ("--no-kd", *FAST, "--students", "0", "--out", "out", *more)
+        before = everything()
+        assert run(capsys, *arguments, "--dry-run")[0] == 0
+        assert everything() == before
+        assert run(capsys, *arguments)[0] == 0
+        half = Path("out/study.journal")
+        if half.exists():
+            half.write_bytes(half.read_bytes() + b'{"op_code": 8, "wor')  # of a writer that was killed
+        before = everything()
+        assert run(capsys, *arguments, "--dry-run")[0] == 0
+        assert "training.lr is 0.05 there and 0.2 here" in bad(capsys, *arguments, "--lr", "0.2", "--dry-run")
+        assert everything() == before
 
 
 def test_a_teacher_of_other_classes_is_refused(capsys):

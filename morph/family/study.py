@@ -15,7 +15,7 @@ from morph.family.budgets import Budgets
 from morph.family.candidate import TEACHING, Candidate, Outcome, TrialRow
 from morph.family.generator import Task
 from morph.family.settings import ALLOWED, RANGES, FamilySettings, Range, checked_range
-from morph.family.storage import open_storage, quiet, require_packages
+from morph.family.storage import look_into, open_storage, quiet, require_packages
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -73,6 +73,24 @@ class SearchSettings:
         """Plain values."""
         plain = asdict(self)
         return dict(json.loads(json.dumps(plain)))
+
+
+def require_fitting(where: str, settings: SearchSettings, *, name: str = NAME) -> None:
+    """See that a study could be begun or gone on with, and write nothing.
+
+    Args:
+        where: As `FamilyStudy`.
+        settings: Likewise.
+        name: Likewise.
+
+    Raises:
+        StorageError: As there.
+        SearchStateError: Likewise.
+    """
+    storage = look_into(where)
+    for study in storage.get_all_studies() if storage else ():
+        if study.study_name == name and _SETTINGS in study.user_attrs:
+            _require_same(study.user_attrs[_SETTINGS], settings.to_json(), where)
 
 
 class FamilyStudy:
