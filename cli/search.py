@@ -32,7 +32,9 @@ Stopped or killed, the same command goes on where it was. Without --workers it e
 
 many machines: the same command on each, with a storage that all reach, and --join on all but one:
   morph search ... --storage postgresql://host/search --workers 4 --out search/
-  morph search ... --storage postgresql://host/search --workers 4 --out search/ --join"""
+  morph search ... --storage postgresql://host/search --workers 4 --out search/ --join
+Where machines share the folder too, a trial that is taken up goes on from its last state; where each has its own, it
+begins anew. Their clocks need not agree."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

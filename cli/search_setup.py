@@ -157,7 +157,9 @@ def _require_possible(args: argparse.Namespace, settings: SearchSettings) -> Non
 def _require_consistent(args: argparse.Namespace) -> None:
     """Refuse what is missing or contradicts itself; a dry run may leave out what a plan does not need."""
     from morph.errors import OutputError, TeachingError
+    from morph.family.takeover import Patience
 
+    Patience(args.beat, args.patience)  # refuses what no worker could keep to
     if args.out is None and not args.dry_run:
         raise OutputError("give the folder of the search with --out DIR")
     above = args.out and next(place for place in (args.out, *args.out.absolute().parents) if place.exists())

@@ -248,7 +248,7 @@ def test_the_live_table(monkeypatch):
     assert all(len(row) == len(header) for row in rows)
     assert rows[-1][-1] == "RuntimeError: no memory"
     reached = [row.accuracies.get(4, 0) for row in table.rows]
-    assert rows[0][header.index("4 epochs")] == f"{max(reached):.2%}"
+    assert rows[0][header.index("epoch 4")] == f"{max(reached):.2%}"
     done = sum(len(row.curve) for row in table.rows)
     lost = 4 - 0  # what the failed one would have been trained for at most
     assert table.seconds_left() == (SETTINGS.budgets.plan().times(2).epochs_resumed - done - lost) / 2
@@ -291,6 +291,9 @@ def test_a_storage_elsewhere(capsys):
         (("--no-kd", *FAST, "--out", "out", "--compare", "nothing"), "nothing/search.json: not the record of a search"),
         (("--no-kd", *FAST, "--out", "out", "--storage", "no/such/journal"), "the folder no/such does not exist"),
         (("--no-kd", *FAST, "--hold-out", "0", "--out", "out"), "too few to set 0 of them aside"),
+        (("--no-kd", *FAST, "--beat", "10", "--patience", "19", "--out", "out"), "must be at least twice as long"),
+        (("--no-kd", *FAST, "--out", "data.npz/out"), "data.npz: is a file"),
+        (("--no-kd", *FAST, "--out", "out", "--storage", "grpc://127.0.0.1:port"), "give grpc://HOST:PORT"),
         (("--no-kd", *FAST, "--device", "gibberish", "--out", "out"), "--device gibberish"),
     ],
 )

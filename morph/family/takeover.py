@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from morph.errors import FamilyError
 from morph.family.study import FamilyStudy, candidate_of
 
 if TYPE_CHECKING:
@@ -27,11 +28,21 @@ class Patience:
 
     Attributes:
         beat: Seconds between two signs of life.
-        limit: Seconds without one after which its trial is taken up; some times ``beat``.
+        limit: Seconds without one after which its trial is taken up.
+
+    Raises:
+        FamilyError: If ``limit`` is not at least twice ``beat``, so that a worker that lives would count as dead.
     """
 
     beat: float = 30.0
     limit: float = 180.0
+
+    def __post_init__(self) -> None:
+        if not 0 < 2 * self.beat <= self.limit:
+            raise FamilyError(
+                f"a sign of life every {self.beat:g} seconds and a patience of {self.limit:g}; the patience must be at "
+                "least twice as long, or workers that live count as dead"
+            )
 
 
 class Watch:
