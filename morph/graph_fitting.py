@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from morph.analysis.atoms import Labels
+from morph.analysis.bare import Bare
 from morph.analysis.edits import times_of
 from morph.analysis.picking import same_index
 from morph.analysis.propagation import Propagation, propagate
@@ -76,7 +77,7 @@ def mend(
     made = _Refit(cut, values, state, times)
     args, kwargs = arguments_of(inputs)
     try:
-        with torch.no_grad(), plain_attention():
+        with torch.no_grad(), plain_attention(), Bare():  # type: ignore[no-untyped-call]
             made.run(*args, **kwargs)
     except _UnfitError as unfit:
         return made.edits, unfit.misfit

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run_bare(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,6 +138,16 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     _aten.bmm.default: _product,
     _aten.addmm.default: _layer,
 }
+
+
+class Bare(TorchDispatchMode):
+    """Runs every operator without data, also where code makes tensors that have some."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = one_device((args, kwargs or {}))
+        return run_bare(func, args, with_data(func, args, kwargs))
 
 
 def one_device(tree: Any) -> Any:
