@@ -162,7 +162,10 @@ def run(args: argparse.Namespace) -> int:
             )
         except KeyboardInterrupt:
             return int(interrupted(args, kept))
-    code = finish(args, with_facts(result, _target(result.record.to_json(), options)), paths, _show, _draw(opened))
+    try:
+        code = finish(args, with_facts(result, _target(result.record.to_json(), options)), paths, _show, _draw(opened))
+    except KeyboardInterrupt:
+        return int(interrupted(args, kept))
     kept.unlink(missing_ok=True)
     return int(code)
 
