@@ -58,7 +58,7 @@ class Layout:
         sites: In the order of execution.
         bordered: The graph with a border wherever a reader may take fewer channels than its source has.
         borders: For each border's node, the node that reads it.
-        left: Why readers have no gates, by path.
+        left: Why readers have no gates, by path, and weights that no reader has, by name.
     """
 
     sites: tuple[Site, ...]
