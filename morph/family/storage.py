@@ -82,7 +82,7 @@ def open_storage(where: str) -> BaseStorage:
         StorageError: If it cannot be reached or read, or a package for it is missing.
     """
     require_packages()
-    with quiet(), _reached(where):
+    with quiet(), reached(where):
         if "://" not in where:
             return _journal(Path(where))
         return _server(where) if where.startswith("grpc://") else _database(where)
@@ -91,7 +91,7 @@ def open_storage(where: str) -> BaseStorage:
 def look_into(where: str) -> BaseStorage | None:
     """Open a storage as `open_storage` does, but make nothing where there is none yet: None then. Errors as there."""
     require_packages()
-    with quiet(), _reached(where):
+    with quiet(), reached(where):
         if where.startswith("grpc://"):
             return _server(where)
         if "://" in where:
@@ -102,8 +102,12 @@ def look_into(where: str) -> BaseStorage | None:
 
 
 @contextmanager
-def _reached(where: str) -> Iterator[None]:
-    """Say clearly what is wrong where a storage cannot be opened."""
+def reached(where: str) -> Iterator[None]:
+    """Say clearly what is wrong where a storage cannot be opened or read.
+
+    Raises:
+        StorageError: Then.
+    """
     try:
         yield
     except StorageError:
@@ -124,7 +128,9 @@ def _shown(where: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    details = getattr(error, "details", None)  # of gRPC, whose errors begin with a line that says nothing
+    text = str(details() if callable(details) else error).strip()
+    return (text or type(error).__name__).splitlines()[0]
 
 
 class _Lock:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from morph.errors import SearchStateError, StorageError
+from morph.errors import SearchStateError
 from morph.family.budgets import Budgets
 from morph.family.candidate import TEACHING, Candidate, Outcome, TrialRow
 from morph.family.generator import Task
 from morph.family.settings import ALLOWED, RANGES, FamilySettings, Range, checked_range
-from morph.family.storage import look_into, open_storage, quiet, require_packages
+from morph.family.storage import look_into, open_storage, quiet, reached, require_packages
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -88,7 +88,9 @@ def require_fitting(where: str, settings: SearchSettings, *, name: str = NAME) -
         SearchStateError: Likewise.
     """
     storage = look_into(where)
-    for study in storage.get_all_studies() if storage else ():
+    with reached(where):
+        studies = storage.get_all_studies() if storage else []
+    for study in studies:
         if study.study_name == name and _SETTINGS in study.user_attrs:
             _require_same(study.user_attrs[_SETTINGS], settings.to_json(), where)
 
@@ -279,12 +281,8 @@ def _distributions(searched: Mapping[str, Range]) -> dict[str, BaseDistribution]
 def _open_study(storage: BaseStorage, name: str, where: str) -> Study:
     import optuna
 
-    try:
-        with quiet():
-            return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    except Exception as error:  # whatever the storage raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"{where}: the study {name!r} cannot be opened: {first}") from error
+    with quiet(), reached(where):
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
