@@ -92,7 +92,7 @@ def constant_of(branch: Branch, model: nn.Module) -> Tensor:
     bias = model.get_submodule(branch.reader.path)._parameters.get("bias")
     width = len(branch.reader.made)
     flat = torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
-    axis, rank = branch.reader.axis, branch.reader.rank
+    axis, rank = branch.reader.axis, len(branch.reader.shape)
     value = flat.reshape([-1 if a == axis else 1 for a in range(rank)])
     with torch.no_grad():
         for path in branch.modules[1:]:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from morph.count_rules import CONTRACTIONS, RULES
 from morph.errors import CountError
 from morph.twins import Maker, Sample, clone, meta, one_sample, twin, zeros
+from morph.unfused import plain_attention
 
 FIRST, SECOND = "fvcore", "torch.utils.flop_counter"
 
@@ -137,14 +138,9 @@ def count(model: nn.Module, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the warnings of tracing, and switch off the fused attention that neither counter sees into."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with plain_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ class TraceError(MorphError):
     """The model cannot be traced, or does not accept the example inputs; names the line of the user's code."""
 
 
+class SymbolicTraceError(TraceError):
+    """The model has no symbolic graph; what needs none works all the same."""
+
+
 class AnalysisError(MorphError):
     """An operator does not fit its rule, or a rule is not one."""
 

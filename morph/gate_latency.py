@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import Value
 from morph.passes.gates import weight_axis
-from morph.readers import Graphed, Reader
+from morph.readers import Reader
 
 _ROUNDS = 5
 
@@ -31,41 +31,48 @@ class Slope:
     made: float
 
 
-def slopes(graph: Graphed, model: nn.Module) -> dict[str, Slope]:
+def slopes(readers: Iterable[Reader], model: nn.Module) -> dict[str, Slope]:
     """Measure each reader at full width, at half of what it reads, and at half of what it makes.
 
     Between these the time is taken to be linear. A layer whose groups tie both is halved on both sides at once. Noise
     can make a layer look faster at full width; that counts as no saving.
 
     Args:
-        graph: Its readers are measured.
+        readers: Those to measure.
         model: The model that they are from, on the device that shall be measured; not touched.
 
     Returns:
-        One entry for each reader, by path.
+        One entry for each reader, by the name of its weight.
     """
-    return {reader.path: _slope(graph, model.get_submodule(reader.path), reader) for reader in graph.readers}
+    return {reader.weight: _slope(_layer(model, reader), reader) for reader in readers}
 
 
-def _slope(graph: Graphed, module: nn.Module, reader: Reader) -> Slope:
-    value = graph.values[reader.source]
-    assert isinstance(value, Value)
+def _layer(model: nn.Module, reader: Reader) -> nn.Module:
+    """The layer of a reader; for one that is neither convolution nor linear layer, a linear layer of its size."""
+    module = model.get_submodule(reader.path)
+    if isinstance(module, _ConvNd | nn.Linear):
+        return module
+    weight = model.get_parameter(reader.weight)
+    return nn.Linear(len(reader.roots), len(reader.made), device=weight.device, dtype=weight.dtype)
+
+
+def _slope(module: nn.Module, reader: Reader) -> Slope:
     read, made = len(reader.roots), len(reader.made)
-    if getattr(module, "groups", 1) != 1:
-        half = _seconds(module, value.shape, reader, 0.5, 0.5)
-        return Slope(max(0.0, (_seconds(module, value.shape, reader, 1, 1) - half) / max(1, read - read // 2)), 0.0)
-    whole = _seconds(module, value.shape, reader, 1, 1)
-    less_read = whole - _seconds(module, value.shape, reader, 0.5, 1)
-    less_made = whole - _seconds(module, value.shape, reader, 1, 0.5)
+    if reader.groups != 1:
+        half = _seconds(module, reader, 0.5, 0.5)
+        return Slope(max(0.0, (_seconds(module, reader, 1, 1) - half) / max(1, read - read // 2)), 0.0)
+    whole = _seconds(module, reader, 1, 1)
+    less_read = whole - _seconds(module, reader, 0.5, 1)
+    less_made = whole - _seconds(module, reader, 1, 0.5)
     return Slope(max(0.0, less_read / max(1, read - read // 2)), max(0.0, less_made / max(1, made - made // 2)))
 
 
-def _seconds(module: nn.Module, shape: tuple[int, ...], reader: Reader, read: float, made: float) -> float:
+def _seconds(module: nn.Module, reader: Reader, read: float, made: float) -> float:
     """Median time of a copy of a layer with a share of its channels."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     twin = copy.deepcopy(module).requires_grad_(False)
-    groups = int(getattr(module, "groups", 1))
+    groups = reader.groups
     sizes = list(weight.shape)
     into = weight_axis(module)
     new_groups = max(1, int(groups * read)) if groups > 1 else 1
@@ -80,7 +87,7 @@ def _seconds(module: nn.Module, shape: tuple[int, ...], reader: Reader, read: fl
         twin._parameters["bias"] = nn.Parameter(torch.zeros(out).to(weight), requires_grad=False)
     if isinstance(twin, _ConvNd):
         twin.groups, twin.in_channels, twin.out_channels = new_groups, wide, out
-    x = torch.randn([wide if axis == reader.axis else size for axis, size in enumerate(shape)]).to(weight)
+    x = torch.randn([wide if axis == reader.axis else size for axis, size in enumerate(reader.shape)]).to(weight)
     with torch.no_grad():
         twin(x)
         return statistics.median(_timed(twin, x) for _ in range(_ROUNDS))

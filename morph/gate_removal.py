@@ -21,7 +21,6 @@ from morph.gate_sites import Layout
 from morph.graph_fitting import mend
 from morph.graphs import graph_of
 from morph.liveness import Closing
-from morph.passes.gates import weight_axis
 from morph.plan import DropBranch, Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
 from morph.readers import Graphed
 from morph.rerouting import drop_branches, reroute
@@ -60,13 +59,13 @@ def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor], 
         gates: The gates of each site ``[k]``, zero where closed; what is not one goes into the readers' weights.
         model: Holds the weights; not touched.
     """
-    graph, times = layout.bordered, closing.times
+    run, times = layout.bordered, closing.times
     scales = dict(_scales(layout, gates))
     resizes: list[Resize] = []
     gone = []
-    sources = graph.analysis.recording.sources
+    sources = run.analysis.recording.sources
     for name, value in sources.items():
-        kept = [np.flatnonzero(times[labels]) for labels in graph.analysis.state.tag(value).axes]
+        kept = [np.flatnonzero(times[labels]) for labels in run.analysis.state.tag(value).axes]
         if name in closing.leaving:
             gone.append(name)
             continue
@@ -76,8 +75,9 @@ def plan_removal(layout: Layout, closing: Closing, gates: Mapping[str, Tensor], 
                 factors = tuple(scale.tolist()) if (scale != 1).any() else ()
                 resizes.append(Resize(name, axis, size, tuple(index.tolist()), factors))
     left = set(closing.dead)
-    groups = tuple(g for g in new_groups(graph.graph, graph.analysis, times) if g.module not in left and g.new)
-    reroutes = tuple(_reroutes(layout, times, {branch.reader.node for branch in closing.dropped}))
+    groups = tuple(g for g in new_groups(model, run.analysis, times) if g.module not in left and g.new)
+    nodes = {branch.reader.node for branch in closing.dropped}
+    reroutes = tuple(_reroutes(layout, run, times, nodes)) if isinstance(run, Graphed) else ()
     drops = tuple(_drop(branch, model, times) for branch in closing.dropped)
     return Removal(tuple(resizes), groups, reroutes, drops, tuple(gone), tuple(sources))
 
@@ -86,7 +86,7 @@ def _drop(branch: Branch, model: nn.Module, times: Labels) -> DropBranch:
     """The edit that drops a branch, with what it would still have added."""
     reader = branch.reader
     shift = constant_of(branch, model)[times[reader.made] != 0] if branch.shifts else torch.zeros(0)
-    shape = (int((times[reader.made] != 0).sum()), *(1,) * (reader.rank - 1 - reader.axis))
+    shape = (int((times[reader.made] != 0).sum()), *(1,) * (len(reader.shape) - 1 - reader.axis))
     return DropBranch(branch.addition, branch.chain[-1], reader.path, shape, tuple(shift.tolist()))
 
 
@@ -110,6 +110,7 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     if removal.drops:
         drop_branches(cut, removal.drops)
     graph = layout.bordered
+    assert isinstance(graph, Graphed)
     constants, misfit = mend(cut, graph.values, graph.analysis.state, closing.times, graph.inputs)
     if misfit is not None:
         raise EditError(
@@ -152,8 +153,7 @@ def bare_graph(model: nn.Module) -> fx.GraphModule:
 
 def _scales(layout: Layout, gates: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
     """For each reader's weight and axis, the factor of each position."""
-    graph = layout.bordered
-    for reader in graph.readers:
+    for reader in layout.bordered.readers:
         factor = np.ones(len(reader.roots))
         for site in layout.sites:
             for tap in site.taps:
@@ -161,14 +161,12 @@ def _scales(layout: Layout, gates: Mapping[str, Tensor]) -> Iterator[tuple[tuple
                     index = np.array(tap.index)
                     own = gates[site.name].detach().cpu().double().numpy()
                     factor = factor * np.where(index < 0, 1.0, own[np.maximum(index, 0)])
-        module = graph.graph.get_submodule(reader.path)
-        size = len(factor) // int(getattr(module, "groups", 1))
-        yield (f"{reader.path}.weight", weight_axis(module)), factor[:size] if weight_axis(module) else factor
+        size = len(factor) // reader.groups
+        yield (reader.weight, reader.into), factor[:size] if reader.into else factor
 
 
-def _reroutes(layout: Layout, times: Labels, dropped: Container[str]) -> Iterator[Reroute]:
+def _reroutes(layout: Layout, graph: Graphed, times: Labels, dropped: Container[str]) -> Iterator[Reroute]:
     """What readers read instead, where that is less than their source still has, or a part of it is gone whole."""
-    graph = layout.bordered
     nodes = {node.name: node for node in graph.graph.graph.nodes}
     tracer = _Sources(graph, times)
     for name, node in nodes.items():

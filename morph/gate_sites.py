@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from torch import nn
 
+from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.recording import Inputs, skeleton
 from morph.errors import EditError
 from morph.gate_borders import add_border, top_edge
 from morph.graphs import graph_of
 from morph.passes.gates import Tap
-from morph.readers import Graphed, Mask, Reader, graphed
+from morph.readers import Graphed, Mask, Reader, Survey, graphed
 
 Where = Literal["auto", "producer", "connection"]
 Kind = Literal["producer", "connection"]
@@ -56,15 +57,18 @@ class Layout:
 
     Attributes:
         sites: In the order of execution.
-        bordered: The graph with a border wherever a reader may take fewer channels than its source has.
+        bordered: The graph with a border wherever a reader may take fewer channels than its source has; or the model's
+            own run, where there is no graph.
         borders: For each border's node, the node that reads it.
         left: Why readers have no gates, by path, and weights that no reader has, by name.
+        no_graph: Why there is no graph, if there is none: then gates act on weights, and the model keeps its class.
     """
 
     sites: tuple[Site, ...]
-    bordered: Graphed
+    bordered: Survey
     borders: Mapping[str, str]
     left: Mapping[str, str]
+    no_graph: str = ""
 
 
 def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
@@ -80,7 +84,7 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
         EditError: If there is no channel that can be gated.
     """
     plain = graphed(graph_of(skeleton(model)), inputs)
-    chosen = _chosen(plain)
+    chosen = chosen_units(plain)
     connections = [
         r
         for r in plain.readers
@@ -100,17 +104,26 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
     bordered = graphed(graph, inputs)
     found = _sites(plain, bordered, set(borders.values()), where, left)
     sites = tuple(found)
+    require_sites(model, sites, left)
+    readers_of = {n.name: next(iter(n.users)).name for n in graph.graph.nodes if n.name in borders}
+    return Layout(sites, bordered, readers_of, left)
+
+
+def require_sites(model: nn.Module, sites: Sequence[Site], left: Mapping[str, str]) -> None:
+    """See that there is something to gate.
+
+    Raises:
+        EditError: If there is not; gives the first reasons.
+    """
     if not sites:
         reasons = sorted(set(left.values()))
         raise EditError(
             f"{type(model).__name__} has no channel that can be gated"
             + (f": {'; '.join(reasons[:3])}" if reasons else "")
         )
-    readers_of = {n.name: next(iter(n.users)).name for n in graph.graph.nodes if n.name in borders}
-    return Layout(sites, bordered, readers_of, left)
 
 
-def _chosen(graph: Graphed) -> dict[str, Mask]:
+def chosen_units(graph: Survey) -> dict[str, Mask]:
     """For each reader's node which of its pairs of unit and position can be gated there.
 
     A unit must be over no statistic and be read by readers alone. Where units overlap, as whole groups and the
@@ -156,13 +169,13 @@ def _sites(
     plain: Graphed, bordered: Graphed, connected: set[str], where: Where, left: dict[str, str]
 ) -> Iterator[Site]:
     """The sites, in the order of execution."""
-    chosen = _chosen(bordered)
+    chosen = chosen_units(bordered)
     count = np.zeros(bordered.analysis.units.count, np.int64)
     for reader in bordered.readers:
         count[np.unique(reader.units)] += 1
     names = _Names(plain)
     if where == "producer":
-        yield from _by_coupling(bordered, chosen, names)
+        yield from by_coupling(bordered, chosen)
         return
     before = {reader.path: reader for reader in plain.readers}
     for reader in bordered.readers:
@@ -171,7 +184,7 @@ def _sites(
         if reader.through:
             continue
         if reader.path in left or not len(units):
-            left.setdefault(reader.path, _why_not(reader))
+            left.setdefault(reader.path, why_not(reader))
             continue
         own, index, first = _numbered(units, positions, len(reader.roots))
         couplings, sources = names.of(before[reader.path], first)
@@ -189,7 +202,7 @@ def _sites(
         )
 
 
-def _by_coupling(graph: Graphed, chosen: Mapping[str, Mask], names: _Names) -> Iterator[Site]:
+def by_coupling(graph: Survey, chosen: Mapping[str, Mask]) -> Iterator[Site]:
     """One site for each coupling, whose gates all its readers share."""
     for name, numbers in graph.analysis.numbers.items():
         held = [r.units[chosen[r.node] & np.isin(r.units, numbers)] for r in graph.readers]
@@ -203,7 +216,7 @@ def _by_coupling(graph: Graphed, chosen: Mapping[str, Mask], names: _Names) -> I
                 taps.append(Tap(reader.node, tuple(index.tolist())))
                 readers.append(reader.path)
         if taps:
-            maker = names.maker(name)
+            maker = maker_of(graph.analysis, name)
             yield Site(
                 name=name,
                 gates=len(own),
@@ -217,6 +230,13 @@ def _by_coupling(graph: Graphed, chosen: Mapping[str, Mask], names: _Names) -> I
             )
 
 
+def maker_of(analysis: Analysis, coupling: str) -> str:
+    """Path of the module whose weight makes the channels of a coupling."""
+    places, sources = analysis.couplings[coupling].places, analysis.recording.sources
+    made = [p.tensor for p in places if p.axis == 0 and len(sources[p.tensor].shape) > 1]
+    return (made or [places[0].tensor])[0].rpartition(".")[0]
+
+
 def _numbered(units: Labels, positions: Labels, length: int) -> tuple[Labels, tuple[int, ...], Labels]:
     """Units in the order of their first positions; the gate of each position; the first position of each gate."""
     order = np.argsort(positions, kind="stable")
@@ -228,7 +248,8 @@ def _numbered(units: Labels, positions: Labels, length: int) -> tuple[Labels, tu
     return units[starts], tuple(index.tolist()), positions[starts]
 
 
-def _why_not(reader: Reader) -> str:
+def why_not(reader: Reader) -> str:
+    """Why what a reader reads has no gates."""
     if not reader.roots.any():
         return "all that it reads is fixed by an operator without a rule, or by the shape of the input"
     return "what it reads cannot go by itself"
@@ -243,15 +264,8 @@ class _Names:
         for name, numbers in plain.analysis.numbers.items():
             for number in numbers.tolist():
                 self.owner.setdefault(number, name)
-        chosen = _chosen(plain)
+        chosen = chosen_units(plain)
         self.chosen = {u for r in plain.readers for u in r.units[chosen[r.node]].tolist()}
-
-    def maker(self, coupling: str) -> str:
-        """Path of the module whose weight makes the channels of a coupling."""
-        places = self.plain.analysis.couplings[coupling].places
-        sources = self.plain.analysis.recording.sources
-        made = [p.tensor for p in places if p.axis == 0 and len(sources[p.tensor].shape) > 1]
-        return (made or [places[0].tensor])[0].rpartition(".")[0]
 
     def of(self, reader: Reader, positions: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The couplings at some positions of what a reader reads, and who makes each position."""
@@ -263,6 +277,6 @@ class _Names:
         node = next(n for n in self.plain.graph.graph.nodes if n.name == reader.source)
         other = str(node.target) if node.op == "call_module" else node.name
         found = [best.get(p) for p in positions.tolist()]
-        makers = {name: self.maker(name) for name in set(found) if name}
+        makers = {name: maker_of(self.plain.analysis, name) for name in set(found) if name}
         couplings = tuple(dict.fromkeys(name for name in found if name))
         return couplings, tuple(makers[name] if name else other for name in found)

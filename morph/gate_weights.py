@@ -77,13 +77,13 @@ def count_memory(analysis: Analysis, times: Labels) -> int:
 
 def _latency(layout: Layout, model: nn.Module) -> Callable[[Labels], float]:
     """Seconds, by the measured slope of each layer."""
-    graph = layout.bordered
-    slope = slopes(graph, model)
+    readers = layout.bordered.readers
+    slope = slopes(readers, model)
 
     def cost(times: Labels) -> float:
         return sum(
-            slope[r.path].read * float(times[r.roots].sum()) + slope[r.path].made * float(times[r.made].sum())
-            for r in graph.readers
+            slope[r.weight].read * float(times[r.roots].sum()) + slope[r.weight].made * float(times[r.made].sum())
+            for r in readers
         )
 
     return cost

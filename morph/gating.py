@@ -14,20 +14,23 @@ from torch.utils import _pytree as pytree
 from morph.analysis import Sizes, count_sizes
 from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.cut import apply_plan
-from morph.errors import TargetError
+from morph.errors import EditError, SymbolicTraceError, TargetError
 from morph.gate_removal import bare_graph, class_plan, graph_plan, plan_removal
 from morph.gate_sites import Layout, Site, Where, lay_out
 from morph.gate_weights import Measure, saved
 from morph.graphs import graph_of
 from morph.inputs import plain
 from morph.liveness import Closing, Liveness
+from morph.model_config import with_config
 from morph.norm_counts import batch_norm_operations
+from morph.passes.gated_weights import gate_weights
 from morph.passes.gates import HOME, gates_of, insert_gates
-from morph.plan import Record
+from morph.plan import Plan, Record
 from morph.pruning import batch_of
 from morph.removal import LIMIT, compare
 from morph.surgery import Result, environment
 from morph.verify import require
+from morph.weight_sites import lay_out_weights
 from morph.zeroing import run_doubled
 
 Masks = Mapping[str, Tensor]
@@ -37,20 +40,24 @@ class Gated:
     """A model with gates.
 
     Attributes:
-        model: The traced graph with `morph.passes.gates.Gate` modules; train it as any module. Its other parameters
-            have the names that they have in the model that came in.
+        model: The traced graph with `morph.passes.gates.Gate` modules; or where there is no symbolic graph a copy of
+            the model, of its own class, with gates on the weights of its layers (`morph.passes.gated_weights`). Train
+            it as any module. Its other parameters have the names that they have in the model that came in.
         sites: Where the gates are, in the order of execution.
         left: Why layers have no gates in front of them, by path; and weights that are used otherwise than by a
             convolution or linear layer, by name.
     """
 
     def __init__(self, source: nn.Module, inputs: Inputs, layout: Layout, where: Where) -> None:
-        self.model: fx.GraphModule = graph_of(source)
+        self.model: nn.Module = copy.deepcopy(source) if layout.no_graph else graph_of(source)
         self.sites: tuple[Site, ...] = layout.sites
         self.left: Mapping[str, str] = layout.left
         self._source, self._inputs, self._layout, self._where = copy.deepcopy(source), plain(inputs), layout, where
-        ranks = {reader.node: reader.rank for reader in layout.bordered.readers}
-        insert_gates(self.model, {site.name: (site.gates, site.taps) for site in self.sites}, ranks)
+        readers, gates = layout.bordered.readers, {site.name: (site.gates, site.taps) for site in self.sites}
+        if isinstance(self.model, fx.GraphModule) and not layout.no_graph:
+            insert_gates(self.model, gates, {reader.node: len(reader.shape) for reader in readers})
+        else:
+            gate_weights(self.model, gates, {reader.weight: reader.into for reader in readers})
         self._liveness = Liveness(layout)
         self._batch = batch_of(inputs)
 
@@ -140,21 +147,25 @@ class Gated:
         removal = plan_removal(self._layout, closing, gates, plain)
         inputs = self._moved()
         own = class_plan(plain, inputs, removal)
+        if isinstance(own, str) and self._layout.no_graph:
+            raise EditError(f"the code of {type(plain).__name__} cannot carry the removal: {own}")
         plan = graph_plan(self._layout, closing, removal, bare_graph(plain)) if isinstance(own, str) else own
         model = apply_plan(plain, plan)
         wanted = run_doubled(self._with(gates), inputs)
         check = compare("gated model", wanted, apply_plan(copy.deepcopy(plain).double(), plan), inputs, LIMIT)
         require((check,))
+        model, settings, config = with_config(plain, model, inputs)
         rounding = compare("as returned", wanted, model, inputs, LIMIT)
         record = Record(
             command="remove-gates",
             options={"where": self._where},
-            plan=plan,
+            plan=Plan((*plan.edits, *settings)),
             before=asdict(self.sizes()),
             after=asdict(self.sizes(masks)),
             checks=(check,),
             details={
                 **self._details(masks, closing),
+                **config,
                 "form": "graph" if isinstance(own, str) else "class",
                 "why_graph": own if isinstance(own, str) else "",
                 "training_only_params": sum(
@@ -182,6 +193,7 @@ class Gated:
             "layers_gone": list(closing.dead),
             "branches_gone": [{"layer": b.reader.path, "shift": b.shifts} for b in closing.dropped],
             "ungated": dict(self.left),
+            "no_graph": self._layout.no_graph,
         }
 
     def _gates(self) -> dict[str, Any]:
@@ -215,7 +227,7 @@ class Gated:
             module.training = flags.get(path, self.model.training)
         return plain
 
-    def _with(self, values: Masks) -> fx.GraphModule:
+    def _with(self, values: Masks) -> nn.Module:
         """A float64 copy of the gated model with these gates."""
         twin = copy.deepcopy(self.model).double()
         with torch.no_grad():
@@ -235,15 +247,20 @@ def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gat
     A gate stands right before its reader, behind norm and activation, so that a gate of zero is exactly what a cut
     means: that reader sees zero. Outputs stay the same to the bit, and every gate has a gradient.
 
+    Models that `torch.fx` cannot trace symbolically, such as those of Hugging Face, are run without data instead. Their
+    gates are ``producer`` gates, which a cut of the model's own class can follow: whole heads, hidden widths. What a
+    statistic runs over (a residual stream under LayerNorm) or the code cannot lose has none; `Gated.left` says why.
+
     Args:
-        model: Any module that `torch.fx` can trace symbolically; not touched.
+        model: Any module whose control flow does not depend on the values of tensors; not touched.
         example_inputs: A tensor, a tuple of arguments, or a mapping of named arguments; a batch of two or more.
         where: ``producer``: one gate for each unit that can be cut, shared by all its readers. ``connection``: each
             reader has gates of its own, one for each position that it reads. ``auto``: ``producer`` where a channel
             has one reader, ``connection`` where tensors are concatenated or reused, as the paper does for DenseNet.
 
     Raises:
-        TraceError: If the model cannot be traced or does not accept the inputs; names the line.
+        TraceError: If the model cannot be traced or does not accept the inputs; names the line. If ``connection`` is
+            asked for and there is no symbolic graph.
         EditError: If there is nothing to gate; says why.
         TargetError: If ``where`` is none of these.
 
@@ -256,4 +273,15 @@ def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gat
     """
     if where not in ("auto", "producer", "connection"):
         raise TargetError(f"where is auto, producer or connection, got {where!r}")
-    return Gated(model, example_inputs, lay_out(model, example_inputs, where), where)
+    return Gated(model, example_inputs, _lay_out(model, example_inputs, where), where)
+
+
+def _lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
+    """The sites in the traced graph; where there is none, those that the model's own code can carry."""
+    try:
+        return lay_out(model, inputs, where)
+    except SymbolicTraceError as error:
+        if where == "connection":
+            raise
+        no_graph = error
+    return lay_out_weights(model, inputs, no_graph)

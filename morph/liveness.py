@@ -11,7 +11,7 @@ from torch import Tensor
 from morph.analysis.atoms import Labels
 from morph.branches import Branch, find_branch
 from morph.gate_sites import Layout
-from morph.readers import Mask, Reader
+from morph.readers import Graphed, Mask, Reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +54,19 @@ class Liveness:
         used = np.zeros(self.units.count, bool)
         used[self.used_unit] = used[self.border_unit] = True
         self.loose = used & ~self.graph.pinned
-        self.branches = [find_branch(self.graph, reader) for reader in readers]
+        graph = self.graph if isinstance(self.graph, Graphed) else None
+        self.branches = [find_branch(graph, reader) if graph else None for reader in readers]
 
     def _through(self, border: str) -> tuple[Labels, Labels]:
         """The units in front of a border, and the label behind it at the same position."""
-        node = next(n for n in self.graph.graph.graph.nodes if n.name == border)
-        axis = self.graph.graph.get_submodule(str(node.target)).axis
+        graph = self.graph
+        assert isinstance(graph, Graphed)
+        node = next(n for n in graph.graph.graph.nodes if n.name == border)
+        axis = graph.graph.get_submodule(str(node.target)).axis
         assert isinstance(axis, int)
-        before = self.graph.roots(node.all_input_nodes[0].name)[axis]
+        before = graph.roots(node.all_input_nodes[0].name)[axis]
         unit, position = self.units.on(before)
-        return unit, self.graph.roots(border)[axis][position]
+        return unit, graph.roots(border)[axis][position]
 
     def close(self, closed: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Closing:
         """Close gates.
@@ -108,10 +111,12 @@ class Liveness:
 
     def _leaving(self, times: Labels, dropped: set[str]) -> frozenset[str]:
         """Tensors that only nodes use that are empty or dropped, or that only such nodes read."""
+        graph = self.graph
+        assert isinstance(graph, Graphed)  # elsewhere each layer keeps a channel
         gone: set[str] = set()
         used: dict[bool, set[str]] = {True: set(), False: set()}
-        for node in reversed(self.graph.graph.graph.nodes):
-            empty = any(len(roots) and not times[roots].any() for roots in self.graph.roots(node.name))
+        for node in reversed(graph.graph.graph.nodes):
+            empty = any(len(roots) and not times[roots].any() for roots in graph.roots(node.name))
             leaves = (
                 empty or node.name in dropped or (bool(node.users) and all(user.name in gone for user in node.users))
             )
@@ -120,7 +125,7 @@ class Liveness:
             if node.op in ("call_module", "get_attr"):
                 used[leaves].add(str(node.target))
         left = used[True] - used[False]
-        names = self.graph.analysis.recording.sources
+        names = graph.analysis.recording.sources
         return frozenset(name for name in names if name in left or name.rpartition(".")[0] in left)
 
     def _spread(self, masks: Mapping[str, Mask], dropped: Collection[int]) -> tuple[Labels, Mask]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,25 @@ from morph.analysis.atoms import Labels
 from morph.analysis.borders import Border
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, without_data
-from morph.analysis.tags import operator_name
+from morph.analysis.tags import Sum, operator_name
 from morph.inputs import plain
-from morph.passes.gates import input_axis
+from morph.passes.gates import input_axis, weight_axis
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A convolution or linear layer that one node calls.
+    """A layer that sums over channels with a weight of its own: a convolution or linear layer that one node calls.
 
     Attributes:
         node: Name of the node.
         path: Path of the module.
+        weight: Name of its weight.
+        into: The axis of its weight that holds what it reads.
+        groups: In how many groups it reads.
         source: Name of the node that it reads.
-        rank: How many axes its input has.
+        shape: Shape of its input.
         axis: The axis of its input that it sums over.
         roots: ``[n]`` final labels of that axis.
         made: ``[m]`` final labels of the axis that it makes.
@@ -45,8 +48,11 @@ class Reader:
 
     node: str
     path: str
+    weight: str
+    into: int
+    groups: int
     source: str
-    rank: int
+    shape: tuple[int, ...]
     axis: int
     roots: Labels
     made: Labels
@@ -56,13 +62,10 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class Graphed:
-    """A graph that was run without data.
+class Survey:
+    """A run without data, and the layers in it that read channels.
 
     Attributes:
-        graph: The graph; without data.
-        inputs: What it was run with; without data.
-        values: What each node gave: values in place of tensors.
         analysis: What hangs together in it.
         readers: Its readers, in the order of execution.
         pinned: ``[units]`` those that something else sums over, or that a statistic runs over.
@@ -70,13 +73,25 @@ class Graphed:
             name.
     """
 
-    graph: fx.GraphModule
-    inputs: Inputs
-    values: Mapping[str, Any]
     analysis: Analysis
     readers: tuple[Reader, ...]
     pinned: Mask
     unread: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Graphed(Survey):
+    """A graph that was run without data.
+
+    Attributes:
+        graph: The graph; without data.
+        inputs: What it was run with; without data.
+        values: What each node gave: values in place of tensors.
+    """
+
+    graph: fx.GraphModule
+    inputs: Inputs
+    values: Mapping[str, Any]
 
     def roots(self, node: str) -> tuple[Labels, ...]:
         """The final labels of each axis of the tensor at a node; empty if it holds none."""
@@ -100,7 +115,9 @@ def graphed(graph: fx.GraphModule, inputs: Inputs) -> Graphed:
     unread: dict[str, str] = {}
     readers = tuple(_readers(graph, values, analysis, unread))
     unread |= _other_products(graph, analysis, {reader.path for reader in readers} | unread.keys())
-    return Graphed(graph, bare, values, analysis, readers, _pinned(analysis, readers), unread)
+    own = {reader.path for reader in readers}
+    others = [entry for entry in analysis.state.sums if analysis.recording.calls[entry.call].module not in own]
+    return Graphed(analysis, readers, pinned_by(analysis, others), unread, graph, bare, values)
 
 
 def _readers(
@@ -130,9 +147,22 @@ def _readers(
             axis = input_axis(module, len(value.shape))
             roots, made = analysis.roots(value)[axis], analysis.roots(out)[axis]
             groups = int(getattr(module, "groups", 1))
-            units, positions = _summed(analysis, roots, made, groups)
-            rank, through = len(value.shape), groups > 1 and not len(units)
-            yield Reader(node.name, path, source.name, rank, axis, roots, made, units, positions, through)
+            units, positions = summed(analysis, roots, made, groups)
+            yield Reader(
+                node=node.name,
+                path=path,
+                weight=f"{path}.weight",
+                into=weight_axis(module),
+                groups=groups,
+                source=source.name,
+                shape=value.shape,
+                axis=axis,
+                roots=roots,
+                made=made,
+                units=units,
+                positions=positions,
+                through=groups > 1 and not len(units),
+            )
 
 
 def _other_products(graph: fx.GraphModule, analysis: Analysis, known: Collection[str]) -> dict[str, str]:
@@ -157,7 +187,7 @@ def _other_products(graph: fx.GraphModule, analysis: Analysis, known: Collection
     return found
 
 
-def _summed(analysis: Analysis, roots: Labels, made: Labels, groups: int) -> tuple[Labels, Labels]:
+def summed(analysis: Analysis, roots: Labels, made: Labels, groups: int) -> tuple[Labels, Labels]:
     """Units that a layer sums over, and their positions: not those that hold all that their groups make."""
     units, positions = analysis.units.on(roots)
     if groups == 1:
@@ -170,15 +200,12 @@ def _summed(analysis: Analysis, roots: Labels, made: Labels, groups: int) -> tup
     return units[keep], positions[keep]
 
 
-def _pinned(analysis: Analysis, readers: tuple[Reader, ...]) -> Mask:
-    """Units that a sum outside the readers, or a statistic, runs over."""
+def pinned_by(analysis: Analysis, others: Iterable[Sum]) -> Mask:
+    """Units that one of these sums, or a statistic, runs over."""
     pinned = np.zeros(analysis.units.count, bool)
-    own = {reader.path for reader in readers}
-    calls = analysis.recording.calls
-    for entry in analysis.state.sums:
-        if calls[entry.call].module not in own:
-            for value, axis in entry.operands:
-                pinned[analysis.units.on(analysis.roots(value)[axis])[0]] = True
+    for entry in others:
+        for value, axis in entry.operands:
+            pinned[analysis.units.on(analysis.roots(value)[axis])[0]] = True
     for statistic in analysis.state.statistics:
         for labels in statistic.labels:
             pinned[analysis.units.on(analysis.state.atoms.find(labels))[0]] = True

@@ -9,7 +9,7 @@ from morph.augmentation import Augmented
 from morph.batches import Batches, Data, one_round, whole
 from morph.errors import DataError
 from morph.images import LabelledImages
-from morph.inputs import Inputs, arguments_of, picked, run_on, samples_in
+from morph.inputs import Inputs, arguments_of, logits_in, picked, run_on, samples_in
 from morph.tracing import evaluation, try_inputs
 
 
@@ -27,10 +27,11 @@ def first_inputs(teacher: nn.Module, data: Data, batch_size: int, seed: int) -> 
     inputs = picked(first[0], torch.tensor([0, min(1, samples_in(first[0]) - 1)], device=device))
     try_inputs(teacher, *arguments_of(inputs))
     with evaluation(teacher), torch.no_grad():
-        logits = run_on(teacher, inputs)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the teacher gives {got}; expected logits [N, classes] and nothing else")
+        output = run_on(teacher, inputs)
+    logits = logits_in(output)
+    if logits is None or logits.dim() != 2:
+        got = f"a tensor of shape {tuple(logits.shape)}" if logits is not None else type(output).__name__
+        raise DataError(f"the teacher gives {got}; expected logits [N, classes], alone, first, or under that name")
     check_classes(data, first[1], logits.shape[1])
     return inputs
 

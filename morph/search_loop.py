@@ -22,7 +22,7 @@ from morph.attaching import attach_gates
 from morph.batches import Batch, Data, one_round, round_length
 from morph.divergence import kept_at, require_finite
 from morph.errors import DataError, SearchError
-from morph.inputs import picked, run_on
+from morph.inputs import logits_in, picked, run_on
 from morph.search_budget import Meter, also, close_in_order
 from morph.search_checkpoint import load, random_states, save, set_random_states
 from morph.search_losses import kl_divergence
@@ -141,11 +141,11 @@ class Search:
         wanted = None
         if self.loss.needs_teacher:
             with torch.no_grad(), self.fabric.autocast():
-                wanted = run_on(self.teacher, x)
+                wanted = logits_in(run_on(self.teacher, x))
         for group in self.base.param_groups[:-1]:  # the last one is that of the gates
             group["lr"] = learning_rate(self.options.lr, self.found.step, self.steps)
         self.optimizer.zero_grad()
-        logits = run_on(self.model, x)
+        logits = cast(Tensor, logits_in(run_on(self.model, x)))
         wanted = None if wanted is None else wanted.to(logits.dtype)  # the teacher's are coarse in mixed precision
         loss = self.loss(logits, cast(Tensor, wanted), y).mean()  # a loss that needs no teacher does not look
         self.fabric.backward(loss)

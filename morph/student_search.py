@@ -53,7 +53,7 @@ def search_student(
     """Find a student of a given size inside a teacher.
 
     Args:
-        teacher: Gives logits ``[N, C]`` and nothing else; not touched.
+        teacher: Gives logits ``[N, C]``, as `morph.inputs.logits_in` finds them; not touched.
         data: An object with ``batches(batch_size, seed)``, a pair of inputs and labels, or a DataLoader or list of
             pairs, of known length; inputs as for `morph.fit`. Its order, and all that is drawn from torch's, NumPy's
             and Python's global states, is decided by the seed; those states are put back.

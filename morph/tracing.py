@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from morph.errors import TraceError
+from morph.errors import SymbolicTraceError, TraceError
 from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
 
@@ -179,14 +179,14 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
         lines: Whether nodes know the lines of the user's code that they come from.
 
     Raises:
-        TraceError: If it cannot be traced; names the line of the user's code.
+        SymbolicTraceError: If it cannot be traced; names the line of the user's code.
     """
     tracer = _Tracer(lines)
     try:
         graph = tracer.trace(root)
     except Exception as error:
         where = place_of(error)
-        raise TraceError(
+        raise SymbolicTraceError(
             f"{type(root).__name__} cannot be traced: {_first_line(error)}"
             + (f" (at {where})" if where else "")
             + f"; {_way_out(root)}"

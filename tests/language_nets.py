@@ -10,6 +10,10 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -45,6 +49,28 @@ def distilbert(layers: int = 2, width: int = 16, seed: int = 0) -> nn.Module:
         num_labels=CLASSES,
     )
     return DistilBertForSequenceClassification(config)
+
+
+def gpt2(layers: int = 2, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    words = {"vocab_size": WORDS, "bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=layers, n_head=4, n_positions=70, use_cache=False, **words))
+
+
+def llama(layers: int = 2, seed: int = 0) -> nn.Module:
+    """Two heads of queries for each head of keys and values."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=70,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
 
 
 def vit(seed: int = 0) -> nn.Module:

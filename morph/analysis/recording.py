@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from morph.copying import copy_module
 from morph.errors import TraceError
 from morph.inputs import Inputs as Inputs
 from morph.inputs import arguments_of as arguments_of
 from morph.inputs import tensors_of as tensors_of
+from morph.unfused import plain_attention as plain_attention
 
 T = TypeVar("T")
 How = Literal["shapes", "data"]
@@ -210,18 +210,6 @@ def sharing(tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
     if len(by_memory) == len(tensors):
         return ()
     return tuple(name for names in by_memory.values() if len(names) > 1 for name in names)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Let attention run as matrix products and softmax, so that its steps can be seen."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 _META = torch.device("meta")

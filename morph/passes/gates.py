@@ -173,13 +173,13 @@ def _gate_call(graph: fx.Graph, node: fx.Node, reader: nn.Module, chain: Sequenc
     gates = chain[0][0]
     for own, _ in chain[1:]:
         gates = graph.call_function(torch.mul, (gates, own))
-    new = graph.call_function(gated_reader, (source, weight, bias, gates, _form(reader)))
+    new = graph.call_function(gated_reader, (source, weight, bias, gates, form_of(reader)))
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
-def _form(reader: nn.Module) -> Form:
+def form_of(reader: nn.Module) -> Form:
     """What `gated_reader` must know of a reader."""
     if not isinstance(reader, _ConvNd):
         return ()
