@@ -13,6 +13,7 @@ even if all are closed.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -106,13 +107,20 @@ class Bench:
         self.work = work
         self.images = subset(whole, IMAGES)
         self.sample = self.test.images[:2]
-        self.lessons = augmented_rounds(self.images, STUDENT_ROUNDS)
         self.known: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+
+    @functools.cached_property
+    def lessons(self) -> LabelledImages:
+        """What the students learn from, in the same order for all."""
+        return augmented_rounds(self.images, STUDENT_ROUNDS)
 
     def run(self, job: Job) -> Job:
         """Find one student, teach it and test it."""
         name, seed = job["model"], job["seed"]
-        teacher, wanted = self.teacher(name)
+        if name not in self.known:
+            teacher = self.teacher(name)
+            self.known[name] = teacher, logits_of(teacher, self.lessons.images)
+        teacher, wanted = self.known[name]
         start = time.process_time()
         torch.manual_seed(seed)
         model, facts = self.student(name, job["way"], seed, teacher)
@@ -123,21 +131,19 @@ class Bench:
         error = 1 - top1(model, self.test)
         return {"error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
 
-    def teacher(self, name: str) -> tuple[nn.Module, torch.Tensor]:
-        """A trained network and its outputs for all lessons."""
-        if name not in self.known:
-            path, numbers = self.work / f"{name}.pt", MODELS[name]
-            torch.manual_seed(0)
-            teacher = numbers.make()
-            if path.exists():
-                teacher.load_state_dict(torch.load(path, weights_only=True))
-            else:
-                lessons = augmented_rounds(self.images, TEACHER_ROUNDS)
-                labels = F.one_hot(lessons.labels, 10).float()
-                train(teacher, lessons, labels, _labels, numbers, seed=0)
-                torch.save(teacher.state_dict(), path)
-            self.known[name] = teacher.eval(), logits_of(teacher, self.lessons.images)
-        return self.known[name]
+    def teacher(self, name: str) -> nn.Module:
+        """A trained network."""
+        path, numbers = self.work / f"{name}.pt", MODELS[name]
+        torch.manual_seed(0)
+        teacher = numbers.make()
+        if path.exists():
+            teacher.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            lessons = augmented_rounds(self.images, TEACHER_ROUNDS)
+            labels = F.one_hot(lessons.labels, 10).float()
+            train(teacher, lessons, labels, _labels, numbers, seed=0)
+            torch.save(teacher.state_dict(), path)
+        return teacher.eval()
 
     def student(self, name: str, way: str, seed: int, teacher: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """A student found in one way, and what is known of how."""
@@ -219,7 +225,7 @@ def summary(bench: Bench) -> None:
         groups[line["model"], line["way"]].append(line)
     teachers, table = {}, {}
     for name in dict.fromkeys(line["model"] for line in lines):
-        teacher, _ = bench.teacher(name)
+        teacher = bench.teacher(name)
         size = morph.count(teacher, bench.sample[:1])
         error = 1 - top1(teacher, bench.test)
         teachers[name] = {"error": error, "macs": size.macs, "params": size.params, "share": MODELS[name].share}

@@ -19,6 +19,7 @@ from morph.blocks import find_cells
 from morph.counts import Counts, count
 from morph.depth_policies import DepthMetric, DepthPolicy, DepthStep, decide_copies
 from morph.errors import DataError, NothingToGrowError, TargetError
+from morph.inputs import Inputs, arguments_of, picked
 from morph.passes.regroup import Left
 from morph.plan import Deepen, Plan, Record
 from morph.policies import Fit
@@ -36,14 +37,14 @@ LEARNING = (
 
 def deepen(
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     target_params: float | None = None,
     target_macs: float | None = None,
     blocks: int | None = None,
     fit: Fit = "first",
     policy: DepthPolicy = "uniform",
-    data: tuple[Tensor, Tensor] | None = None,
+    data: tuple[Inputs, Tensor] | None = None,
     loss: Loss = cross_entropy,
     at: Sequence[str] | None = None,
     seed: int = 0,
@@ -57,8 +58,8 @@ def deepen(
 
     Args:
         model: Not touched.
-        example_inputs: One batch ``[N, ...]`` to try blocks with, to count and to verify; random numbers of the right
-            shape will do.
+        example_inputs: One batch to try blocks with, to count and to verify: a tensor, a tuple of arguments, or a
+            mapping of named ones; random numbers of the right shape will do.
         target_params: Number of parameters wanted; give this, ``target_macs`` or ``blocks``.
         target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
         blocks: Number of blocks to insert.
@@ -95,12 +96,12 @@ def deepen(
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
     if policy == "fisher" and data is None:
         raise DataError("the policy 'fisher' needs data: a pair of tensors (inputs, targets)")
-    try_inputs(model, (example_inputs,))
+    try_inputs(model, *arguments_of(example_inputs))
     found, left = find_units(model, example_inputs, seed=seed)
     if not found:
         raise NothingToGrowError(_why_nothing(left))
     units = _chosen(found, at)
-    before = count(model, example_inputs[:1])
+    before = count(model, picked(example_inputs, slice(0, 1)))
     scores = _scores(model, units, data, loss) if policy == "fisher" and data is not None else None
     start: dict[DepthMetric, int] = {"params": before.params, "macs": before.macs, "blocks": 0}
     stages = [unit.stage for unit in units]
@@ -178,9 +179,9 @@ def _chosen(units: Sequence[Unit], at: Sequence[str] | None) -> list[Unit]:
     return [u for u in units if any(fnmatchcase(path, pattern) for path in u.paths() for pattern in at)]
 
 
-def _scores(model: nn.Module, units: Sequence[Unit], data: tuple[Tensor, Tensor], loss: Loss) -> list[float]:
+def _scores(model: nn.Module, units: Sequence[Unit], data: tuple[Inputs, Tensor], loss: Loss) -> list[float]:
     """Fisher score of each unit: the mean over its blocks."""
-    traced = trace(model, data[0][:2])
+    traced = trace(model, picked(data[0], slice(0, 2)))
     cells = find_cells(traced, [path for unit in units for path in unit.paths()])
     found = fisher(traced, cells, [data], loss).cells()
     return [sum(found[path] for path in unit.paths()) / len(unit.blocks) for unit in units]

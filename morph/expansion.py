@@ -85,6 +85,7 @@ def expand(
     for value, allowed in ((policy, get_args(Policy)), (fit, get_args(Fit))):
         if value not in allowed:
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
+    require_groups(model)
     stream = stream_batches(data, batch_size, seed, next(model.parameters()).device)
     batch = next(stream)
     traced = trace(model, picked(batch[0], slice(0, 2)))

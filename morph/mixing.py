@@ -8,20 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Sizes
-from morph.batches import Data, choose_target, describe_data, take_batches
+from morph.batches import Batch, Data, choose_target, describe_data, take_batches
 from morph.blocks import find_cells
 from morph.carriers import Form
 from morph.copies import Widened
 from morph.counts import Counts, count
 from morph.cut import apply_plan
-from morph.errors import NothingToGrowError, ProbeError, TargetError
+from morph.errors import NothingToGrowError, ProbeError, SymbolicTraceError, TargetError
 from morph.expansion import cell_row, find_growable
 from morph.gains import Copier, GainStep, unit_rows
 from morph.inputs import picked
+from morph.passes.regroup import Left
 from morph.plan import Plan, Record
-from morph.policies import Ledger, Metric, Step
+from morph.policies import Grouped, Ledger, Metric, Step
 from morph.scores import FisherProbe, Loss, cross_entropy
 from morph.surgery import Result, environment, operate, promise, sizes, target_facts
 from morph.tracing import trace
@@ -72,7 +74,8 @@ def grow_by_gain(
         target_params: Number of parameters wanted; give this or ``target_macs``.
         target_macs: Multiply-adds of one sample wanted (1 multiply-add = 1).
         share: Share of the units of a coupling that a step copies, in (0, 1].
-        at: Names or patterns of the cells to probe; None takes each repeated block.
+        at: Names or patterns of the cells to probe; None takes each repeated block, and none where the model has no
+            symbolic graph: then units are copied alone.
         ignore: Patterns of couplings to leave as they are.
         form: As for `morph.prune`.
         loss: Gives one value per sample from outputs and targets.
@@ -102,13 +105,11 @@ def grow_by_gain(
         raise TargetError(f"share must be in (0, 1] and probe_batches at least 1, got {share} and {probe_batches}")
     batches = take_batches(data, probe_batches, batch_size, seed, next(model.parameters()).device)
     inputs = batches[0][0]
-    traced, before = trace(model, picked(inputs, slice(0, 2))), count(model, picked(inputs, slice(0, 1)))
+    before = count(model, picked(inputs, slice(0, 1)))
     if target <= getattr(before, metric):
         present = f"the {getattr(before, metric):,} that the model has"
         raise TargetError(f"the target of {target:,} {metric} is not above {present}; growing only adds")
-    cells = find_cells(traced, at)
-    convs, left = find_growable(traced, cells, before)
-    scores = FisherProbe(traced, cells, loss).scores(batches).cells()
+    convs, left, scores = _merges(model, batches, before, at, loss)
     copier = Copier(model, batches, Sizes(before.params, before.macs), metric, share, ignore, form, loss)
     _check_gains([scores[cell] for cell in convs if convs[cell]], copier)
     ledger = Ledger(convs, before.params, before.macs)
@@ -143,6 +144,22 @@ def grow_by_gain(
         environment={**environment(model, inputs), "data": describe_data(data)},
     )
     return Result(done.model, record)
+
+
+def _merges(
+    model: nn.Module, batches: Sequence[Batch], before: Counts, at: Sequence[str] | None, loss: Loss
+) -> tuple[dict[str, list[Grouped]], list[Left], Mapping[str, float]]:
+    """What can be merged in each cell, what cannot, and the score of each cell; no cells where there is no graph."""
+    try:
+        traced = trace(model, picked(batches[0][0], slice(0, 2)))
+    except SymbolicTraceError:
+        if at is not None:
+            raise
+        grouped = [name for name, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1]
+        return {}, [Left(name, "it takes a symbolic graph to merge groups by cells") for name in grouped], {}
+    cells = find_cells(traced, at)
+    convs, left = find_growable(traced, cells, before)
+    return convs, left, FisherProbe(traced, cells, loss).scores(batches).cells()
 
 
 @dataclass(frozen=True)

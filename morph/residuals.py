@@ -8,7 +8,7 @@ that to the bit. For a block that ends with a ReLU after the sum this shows that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from morph.passes.insertion import insert_copies, is_chain
+from morph.inputs import Inputs, picked, plain
+from morph.passes.insertion import insert_copies, is_chain, layers_of, numbers_of, renumber
 from morph.passes.regroup import Left
 from morph.trials import Call, random_twin, record_calls, silenced, zeros_that_silence
 
@@ -60,12 +61,12 @@ class _Found:
     zeroed: tuple[str, ...]
 
 
-def find_units(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> tuple[list[Unit], list[Left]]:
+def find_units(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> tuple[list[Unit], list[Left]]:
     """Find what can be copied without changing what the model computes in evaluation mode.
 
     Args:
         model: Not touched.
-        inputs: One batch ``[N, ...]`` that shows the shape; random numbers take its place.
+        inputs: One batch that shows the shapes; random numbers take the place of real ones.
         seed: Of all random numbers.
 
     Returns:
@@ -81,11 +82,15 @@ def find_units(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> tuple[list
 class _Search:
     """The random twin of a model, what its blocks were called with, and what was learnt of them."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor, seed: int) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, seed: int) -> None:
         self.net = random_twin(model, seed)
         draw = torch.Generator().manual_seed(seed)
-        x = inputs.detach()[:2]
-        self.x = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.device) if x.is_floating_point() else x
+
+        def drawn(x: Tensor) -> Tensor:
+            real = x.is_floating_point()
+            return torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.device) if real else x.detach()
+
+        self.x = pytree.tree_map_only(Tensor, drawn, picked(plain(inputs), slice(0, 2)))
         blocks = {
             _join(path, name): child
             for path, module in self.net.named_modules()
@@ -139,6 +144,7 @@ class _Search:
         if unit.container in self.chained and self._pass_together(unit):
             return True
         before = dict(chain._modules)
+        numbers, layers = numbers_of([*before.values()]), layers_of(self.net, chain)
         new = insert_copies(
             self.net, unit.container, unit.blocks, 1, unit.zeroed, length=unit.length, params=unit.params
         )
@@ -151,6 +157,9 @@ class _Search:
         finally:
             chain._modules.clear()
             chain._modules.update(before)
+            renumber([*before.values()], numbers)
+            if layers is not None:
+                layers.num_hidden_layers = len(before)
         if not same:
             self.left += [Left(path, reason) for path in unit.paths()]
         return same
@@ -228,7 +237,8 @@ def _units(net: nn.Module, run: Sequence[_Found]) -> list[Unit]:
     """Cut a run into units: single blocks, or whole periods where settings alternate, as with shifted windows."""
     container = run[0].container
     names = list(net.get_submodule(container)._modules)
-    settings = [_settings(block.module) for block in run]
+    numbers = numbers_of([*net.get_submodule(container)._modules.values()])
+    settings = [_settings(block.module, numbers) for block in run]
     stage = (_join(container, run[0].name), _join(container, run[-1].name))
     period = _period(settings)
     units = []
@@ -260,8 +270,8 @@ def _period(settings: Sequence[str]) -> int:
     return 2 if n == 2 else 1
 
 
-def _settings(block: nn.Module) -> str:
-    """The whole numbers and names that a block's modules with parameters hold: strides, shifts, heads.
+def _settings(block: nn.Module, numbers: Collection[tuple[str, str]]) -> str:
+    """The whole numbers and names that a block's modules with parameters hold: strides, shifts, heads; not its place.
 
     Probabilities (floats) differ from block to block by design, and modules without parameters hold those.
     """
@@ -271,7 +281,7 @@ def _settings(block: nn.Module) -> str:
             for path, module in block.named_modules()
             if next(module.parameters(), None) is not None
             for name, value in vars(module).items()
-            if name not in _BASE and _plain(value)
+            if name not in _BASE and (path, name) not in numbers and _plain(value)
         ]
     )
 

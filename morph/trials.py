@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from morph.inputs import Inputs, plain, run_on
 from morph.passes.insertion import is_chain
 from morph.twins import twin
 
@@ -52,14 +53,14 @@ def random_twin(model: nn.Module, seed: int) -> nn.Module:
 
 
 def record_calls(
-    net: nn.Module, modules: Mapping[str, nn.Module], x: Tensor
+    net: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs
 ) -> tuple[dict[str, list[Call]], set[str], Any]:
-    """Run ``net`` on ``x`` and note what happens.
+    """Run ``net`` and note what happens.
 
     Args:
         net: The model to run; its hooks are put back.
         modules: By path, those of its modules to watch.
-        x: The input.
+        inputs: What to run it on.
 
     Returns:
         The calls of each watched module that was called; the paths of the chains that were called as a whole; and the
@@ -88,7 +89,7 @@ def record_calls(
             handles.append(module.register_forward_pre_hook(lambda _m, _a, path=path: chained.add(path)))
     try:
         with torch.no_grad():
-            outputs = net(_copied(x))
+            outputs = run_on(net, _copied(plain(inputs)))
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import morph
 from morph.batches import one_round
-from morph.errors import CacheError, DataError, MorphError, TeachingError, TraceError
+from morph.errors import CacheError, DataError, MorphError, NothingToGrowError, TeachingError, TraceError
 from morph.labels import extract_logits
 from morph.search_losses import kl_divergence
 from morph.teaching.adapters import bridge
@@ -274,7 +274,7 @@ def test_units_are_scored_with_batches_of_the_collator():
             DataError,
             "gives BaseModelOutputWithPoolingAndCrossAttentions; expected logits .* under that name",
         ),
-        (lambda: morph.expand(bert(), (X, Y), target_params=1e6), TraceError, "wrapped by a decorator"),
+        (lambda: morph.expand(bert(), (X, Y), target_params=1e6), NothingToGrowError, "no grouped .* --move widen"),
         (lambda: extract_logits(bert(), (X, Y), "never"), DataError, "a cache needs images that have an index"),
     ],
 )

@@ -9,7 +9,8 @@ here; see `morph.residuals`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,6 +52,44 @@ def chain_with_copies(names: Sequence[str], blocks: Sequence[str], copies: int) 
     return after
 
 
+def numbers_of(blocks: Sequence[nn.Module | None]) -> dict[tuple[str, str], int]:
+    """Attributes by which blocks know their place in a row, such as the number of a layer in a cache.
+
+    Returns:
+        By the path of a module in a block and the name of the attribute, its value in the first of the blocks; in each
+        following block it is one more.
+    """
+    if len(blocks) < 2:
+        return {}
+    rows = [
+        {
+            (path, name): value
+            for path, module in (block.named_modules() if block is not None else ())
+            for name, value in vars(module).items()
+            if type(value) is int
+        }
+        for block in blocks
+    ]
+    return {key: first for key, first in rows[0].items() if all(r.get(key) == first + i for i, r in enumerate(rows))}
+
+
+def renumber(blocks: Sequence[nn.Module | None], numbers: Mapping[tuple[str, str], int]) -> None:
+    """Let blocks know their place again, in place; see `numbers_of`."""
+    for place, block in enumerate(blocks):
+        for (path, name), first in numbers.items():
+            if block is not None:
+                setattr(block.get_submodule(path), name, first + place)
+
+
+def layers_of(model: nn.Module, chain: nn.Module) -> Any:
+    """The configuration of a transformers model whose number of layers is the length of ``chain``; None if none is."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "num_hidden_layers") or getattr(config, "layer_types", None) is not None:
+        return None
+    alike = [m for m in model.modules() if is_chain(m) and len(m._modules) == len(chain._modules)]
+    return config if config.num_hidden_layers == len(chain._modules) and len(alike) == 1 else None
+
+
 def insert_copies(
     model: nn.Module,
     container: str,
@@ -63,6 +102,8 @@ def insert_copies(
     """Insert copies of some children of a chain behind the last of them, in place.
 
     A copy has all that its source has (weights, normalisation statistics, flags), but for the tensors that are zero.
+    Where the children hold their place in the row as a number, they get new numbers, and a configuration of
+    transformers that counts them counts them afresh.
 
     Args:
         model: The model to change.
@@ -82,6 +123,7 @@ def insert_copies(
     chain = _chain(model, container, length, length + copies * len(blocks))
     _check_blocks(chain, container, blocks, zeroed, params)
     children, inserted = {}, {}
+    numbers, layers = numbers_of([*chain._modules.values()]), layers_of(model, chain)
     sets = iter([copy.deepcopy([chain._modules[name] for name in blocks]) for _ in range(copies)])
     ready: list[nn.Module | None] = []
     for name, source, is_copy in chain_with_copies(list(chain._modules), blocks, copies):
@@ -95,6 +137,9 @@ def insert_copies(
         children[name] = inserted[f"{container}.{name}" if container else name] = block
     chain._modules.clear()
     chain._modules.update(children)
+    renumber([*children.values()], numbers)
+    if layers is not None:
+        layers.num_hidden_layers = len(children)
     return inserted
 
 
