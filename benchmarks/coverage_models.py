@@ -20,7 +20,17 @@ Inputs = tuple[Any, ...] | dict[str, Tensor]
 Built = tuple[nn.Module, Inputs]
 
 TIMM_CHOICE = Path(__file__).with_name("coverage_timm.json")
-KINDS = ("classification", "segmentation", "detection", "video", "optical_flow", "timm", "huggingface")
+HUGGINGFACE = Path(__file__).with_name("coverage_huggingface.json")
+KINDS = (
+    "classification",
+    "segmentation",
+    "detection",
+    "video",
+    "optical_flow",
+    "timm",
+    "huggingface",
+    "huggingface, more",
+)
 
 
 @dataclass(frozen=True)
@@ -182,146 +192,30 @@ def write_timm_choice(most: int = 135) -> None:
 
 # Hugging Face
 
-
-def huggingface_entries() -> list[Entry]:
-    """Twenty architectures, each from a small configuration."""
-    return [Entry(f"huggingface/{name}", "huggingface", partial(_huggingface, name)) for name in HUGGINGFACE]
-
-
-_DECODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 211, "use_cache": False}
-_LLAMA = {**_DECODER, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 2}
-_LLAMA |= {"max_position_embeddings": 64}
-_ENCODER = {**_DECODER, "intermediate_size": 176, "max_position_embeddings": 64}
-_BART = {"d_model": 64, "vocab_size": 211, "max_position_embeddings": 64, "use_cache": False}
-_BART |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-_BART |= {"encoder_ffn_dim": 176, "decoder_ffn_dim": 176}
 _STAGES = {"embedding_size": 16, "hidden_sizes": [32, 48, 64, 96], "depths": [1, 1, 1, 1]}
 
-# name: (class, its configuration's class, what differs from that configuration, kind of input)
-HUGGINGFACE: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "albert": ("AlbertForMaskedLM", "AlbertConfig", {**_ENCODER, "embedding_size": 24}, "tokens"),
-    "bart": ("BartForConditionalGeneration", "BartConfig", _BART, "tokens to tokens"),
-    "bert": ("BertForSequenceClassification", "BertConfig", {**_ENCODER, "num_labels": 7}, "tokens"),
-    "clip": (
-        "CLIPModel",
-        "CLIPConfig",
-        {
-            "text_config": {**_ENCODER, "projection_dim": 40, "eos_token_id": 210},
-            "vision_config": {
-                **{k: v for k, v in _ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")},
-                "image_size": 64,
-                "patch_size": 16,
-            },
-            "projection_dim": 40,
-        },
-        "image and tokens",
-    ),
-    "convnext": (
-        "ConvNextForImageClassification",
-        "ConvNextConfig",
-        {"hidden_sizes": [32, 48, 64, 96], "depths": [1, 1, 2, 1], "num_labels": 7, "image_size": 64},
-        "image",
-    ),
-    "deberta_v2": ("DebertaV2ForMaskedLM", "DebertaV2Config", {**_ENCODER, "relative_attention": True}, "tokens"),
-    "detr": (
-        "DetrForObjectDetection",
-        "DetrConfig",
-        {**{k: v for k, v in _BART.items() if k not in ("vocab_size", "use_cache")}, "num_queries": 9, "num_labels": 7},
-        "image",
-    ),
-    "distilbert": (
-        "DistilBertForSequenceClassification",
-        "DistilBertConfig",
-        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 176, "vocab_size": 211, "num_labels": 7},
-        "tokens",
-    ),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_LLAMA, "head_dim": 16}, "tokens"),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 211, "n_positions": 64, "use_cache": False},
-        "tokens",
-    ),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA, "tokens"),
-    "mamba": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 211, "state_size": 8, "use_cache": False},
-        "ids",
-    ),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA, "num_local_experts": 4}, "tokens"),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 16}, "tokens"),
-    "segformer": (
-        "SegformerForSemanticSegmentation",
-        "SegformerConfig",
-        {"hidden_sizes": [16, 32, 80, 128], "depths": [1, 1, 1, 1], "decoder_hidden_size": 64, "num_labels": 7},
-        "image",
-    ),
-    "swin": (
-        "SwinForImageClassification",
-        "SwinConfig",
-        {"image_size": 64, "window_size": 4, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "num_labels": 7},
-        "image",
-    ),
-    "t5": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"d_model": 64, "d_kv": 16, "d_ff": 176, "num_layers": 2, "num_heads": 4, "vocab_size": 211}
-        | {"use_cache": False},
-        "tokens to tokens",
-    ),
-    "vit": (
-        "ViTForImageClassification",
-        "ViTConfig",
-        {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 176,
-            "image_size": 64,
-            "num_labels": 7,
-        },
-        "image",
-    ),
-    "wav2vec2": (
-        "Wav2Vec2ForCTC",
-        "Wav2Vec2Config",
-        {
-            **{k: v for k, v in _ENCODER.items() if k not in ("max_position_embeddings", "use_cache")},
-            "conv_dim": [32] * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
-        "sound",
-    ),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
-            "max_source_positions": 16,
-            "max_target_positions": 32,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 1,
-        },
-        "spectrum to tokens",
-    ),
-}
+
+def huggingface_entries() -> list[Entry]:
+    """The architectures of ``coverage_huggingface.json``, each from a small configuration.
+
+    By name: class, its configuration's class, what differs from that configuration, kind of input.
+    """
+    table: dict[str, dict[str, Any]] = json.loads(HUGGINGFACE.read_text())
+    return [
+        Entry(f"huggingface/{name}", kind, partial(_huggingface, *model))
+        for kind, models in table.items()
+        for name, model in models.items()
+    ]
 
 
-def _huggingface(name: str) -> Built:
+def _huggingface(class_name: str, config_name: str, changes: dict[str, Any], form: str) -> Built:
     """Build one model of transformers."""
     import transformers
 
-    class_name, config_name, changes, form = HUGGINGFACE[name]
-    if name == "detr":
+    if config_name == "DetrConfig":
         backbone = getattr(transformers, "ResNetConfig")(**_STAGES, out_features=["stage4"])  # noqa: B009
         changes = {**changes, "backbone_config": backbone, "use_timm_backbone": False, "use_pretrained_backbone": False}
         changes |= {"backbone": None}
-    if config_name in ("LlamaConfig", "Gemma2Config", "MixtralConfig", "Qwen3Config"):
-        changes = {**changes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = getattr(transformers, class_name)(getattr(transformers, config_name)(**changes))
     return randomise(model.float().eval()), _huggingface_inputs(form)
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import morph
 from morph.augmentation import Augmented
-from morph.cut import reinitialise
+from morph.fresh_weights import reinitialise
 from morph.images import LabelledImages
 from morph.search_losses import DistillationLoss
 from morph.zoo import build

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -93,14 +93,15 @@ def tensor_peak(work: Callable[[], object]) -> float:
     return (max(totals) - totals[0] + int(memory[0]["args"]["Bytes"])) / 1e6
 
 
-def peak(script: str, name: str, work: str) -> float:
-    """Peak memory in MB of a process that does ``work`` three times, above one that only prepares it: median of 5."""
-    measured = []
-    for what in ("nothing", work):
+def peaks(script: str, name: str, works: Iterable[str]) -> dict[str, float]:
+    """Peak memory in MB of processes that do each work three times, above one that only prepares it: medians of 3."""
+    measured = {}
+    for what in ("nothing", *works):
         command = [sys.executable, script, "--one", name, "--work", what]
-        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(5)]
-        measured.append(statistics.median(float(run.stdout) for run in runs))
-    return measured[1] - measured[0]
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+        measured[what] = statistics.median(float(run.stdout) for run in runs)
+    base = measured.pop("nothing")
+    return {what: round(value - base, 1) for what, value in measured.items()}
 
 
 def compare_costs(
@@ -130,10 +131,12 @@ def compare_costs(
             work[args.work]()
         print(high_water())
         return
+    times = {}
+    for name in cases:  # all times first: memory needs no quiet machine
+        times[name] = in_turn(works(name), args.rounds)
+        print(name, json.dumps({work: round(time["ratio"], 3) for work, time in times[name].items()}), flush=True)
     results = {}
-    for name in cases:
-        timed = in_turn(works(name), args.rounds)
-        memory = {work: round(peak(script, name, work), 1) for work in timed}
-        results[name] = {"time": timed, "peak_memory_mb": memory, **facts(name)}
+    for name, timed in times.items():
+        results[name] = {"time": timed, "peak_memory_mb": peaks(script, name, timed), **facts(name)}
         print(name, json.dumps(results[name]), flush=True)
     print(save(question, {"models": results, "rounds": args.rounds}))

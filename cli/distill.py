@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from morph.cli.model_arguments import add_opening, expected_from, open_from
 from morph.cli.outputs import paths_from
-from morph.cli.running import PROCESSES, fabric_from, interrupted
+from morph.cli.running import PROCESSES, draw_afresh, fabric_from, interrupted
 from morph.cli.teaching_arguments import add_teaching, check_teaching
 from morph.cli.training_arguments import add_training, options_from
 from morph.cli.training_data import training_data
@@ -84,9 +84,8 @@ def open_models(args: argparse.Namespace) -> list[OpenedModel]:
     """Teacher, assistants and student; the weights of each that has a name alone are drawn by the same seed.
 
     Raises:
-        ModelFileError, UnsafeFileError, EditError: If one of them cannot be opened, or not drawn afresh.
+        ModelFileError, UnsafeFileError: If one of them cannot be opened.
     """
-    from morph.cut import check_reinitialise, reinitialise
     from morph.search_checkpoint import seed_everything
 
     models = []
@@ -95,8 +94,7 @@ def open_models(args: argparse.Namespace) -> list[OpenedModel]:
         seed_everything(args.seed)
         models.append(open_from(argparse.Namespace(**{**vars(args), "model": source, "arch": arch})))
     if args.fresh:
-        check_reinitialise(models[-1].model)
-        reinitialise(models[-1].model, args.seed)
+        draw_afresh(args, models[-1].model)
     return models
 
 

@@ -13,7 +13,7 @@ from morph.cli.numbers import size
 from morph.cli.output_arguments import add_output
 from morph.cli.outputs import finish, paths_from, target_facts, with_facts
 from morph.cli.running import add_device, asked_to_stop, fabric_from, interrupted
-from morph.cli.summaries import show_checks, show_sizes
+from morph.cli.summaries import show_checks, show_left, show_sizes
 
 if TYPE_CHECKING:
     from morph.files import OpenedModel
@@ -162,7 +162,10 @@ def run(args: argparse.Namespace) -> int:
             )
         except KeyboardInterrupt:
             return int(interrupted(args, kept))
-    code = finish(args, with_facts(result, _target(result.record.to_json(), options)), paths, _show, _draw(opened))
+    try:
+        code = finish(args, with_facts(result, _target(result.record.to_json(), options)), paths, _show, _draw(opened))
+    except KeyboardInterrupt:
+        return int(interrupted(args, kept))
     kept.unlink(missing_ok=True)
     return int(code)
 
@@ -187,11 +190,8 @@ def _target(record: dict[str, Any], options: SearchOptions) -> dict[str, Any]:
 def _dry_run(args: argparse.Namespace, opened: OpenedModel, options: SearchOptions) -> int:
     """Count."""
     from morph.cli import console
-    from morph.cut import check_reinitialise
     from morph.search_space import open_space, space_facts
 
-    if not options.inherit:
-        check_reinitialise(opened.model)
     targets = {"target_macs": args.target_macs, "target_params": args.target_params}
     space = open_space(opened.model, random_inputs_from(args, opened), options, **targets)
     facts = space_facts(space)
@@ -213,6 +213,7 @@ def _dry_run(args: argparse.Namespace, opened: OpenedModel, options: SearchOptio
         f"multiply-adds  {space.counts.macs:,}  (one sample; by the paper's count {facts['macs_paper_before']:,})"
     )
     console.line(f"gates          {facts['gates_total']:,}")
+    _show_ungated(facts)
     console.line("dry run: nothing trained, nothing written")
     return 0
 
@@ -255,5 +256,11 @@ def _show(record: dict[str, Any]) -> None:
     if record["kept"]:
         one = record["kept"][0]["site"]
         console.line(f"kept           one channel at {len(record['kept'])} places that would have vanished, e.g. {one}")
+    _show_ungated(record)
     show_checks(record)
     console.line(f"weights        {record['weights']}")
+
+
+def _show_ungated(facts: dict[str, Any]) -> None:
+    """Print in front of what there are no gates, and why."""
+    show_left([{"name": name, "reason": reason} for name, reason in facts["ungated"].items()], "inputs of layers")

@@ -14,6 +14,7 @@ from morph.cli.data_arguments import positive
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.loggers.logger import Logger
+    from torch import nn
 
 PROCESSES = """\
 several processes and machines:
@@ -93,6 +94,17 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def draw_afresh(args: argparse.Namespace, model: nn.Module) -> None:
+    """Draw all weights of a model by ``--seed``; what was done goes into ``args.begin``, for the record."""
+    from morph.cli import console
+    from morph.fresh_weights import reinitialise, said_of
+
+    others = said_of(reinitialise(model, args.seed))
+    args.begin = f"drawn afresh, seed {args.seed}" + (f"; {others}" if others else "")
+    if others:
+        console.note(f"drawn afresh: {others}")
 
 
 def interrupted(args: argparse.Namespace, kept: Path) -> int:

@@ -32,7 +32,9 @@ Stopped or killed, the same command goes on where it was. Without --workers it e
 
 many machines: the same command on each, with a storage that all reach, and --join on all but one:
   morph search ... --storage postgresql://host/search --workers 4 --out search/
-  morph search ... --storage postgresql://host/search --workers 4 --out search/ --join"""
+  morph search ... --storage postgresql://host/search --workers 4 --out search/ --join
+Where machines share the folder too, a trial that is taken up goes on from its last state; where each has its own, it
+begins anew. Their clocks need not agree."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,19 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run."""
-    from morph.family.budgets import Budgets
-
-    budgets = Budgets(args.budget_epochs)
-    if args.dry_run:
-        return _dry_run(args, budgets)
     from morph.cli import console
     from morph.cli.running import asked_to_stop
     from morph.cli.search_results import read_other, show, write
     from morph.cli.search_setup import set_up
     from morph.cli.search_workers import Workers
+    from morph.family.budgets import Budgets
 
+    budgets = Budgets(args.budget_epochs)
     other = read_other(args.compare)
     job = set_up(args, budgets)
+    if args.dry_run:
+        return _dry_run(args, budgets)
     with asked_to_stop() as stop, Workers(args) as workers:
         try:
             found = _search(args, job, stop)
@@ -104,7 +105,7 @@ def _search(args: argparse.Namespace, job: Job, stop: Callable[[], bool]) -> Fam
     from morph.cli import console
     from morph.cli.search_table import Table
     from morph.family.search import search_family
-    from morph.family.workers import Patience
+    from morph.family.takeover import Patience
 
     with console.board(quiet=args.json) as board:
         table = Table(board, job.settings.budgets, args.rounds, max(1, args.workers or 1))

@@ -175,7 +175,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="folder of another search, such as one with --no-kd, to draw beside this one",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    parser.add_argument("--dry-run", action="store_true", help="print what a round costs; reads and writes nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check what is given, and print what a round costs; trains and writes nothing",
+    )
 
 
 def budgets(text: str) -> tuple[int, ...]:

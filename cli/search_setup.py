@@ -101,30 +101,20 @@ class Job:
 
 
 def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
-    """Read everything.
+    """Read and check everything that is given; nothing is written.
 
     Raises:
-        OutputError: If no folder is named.
-        TeachingError: If there is no teacher, or one too many.
+        OutputError: If no folder is named, but for a dry run.
+        TeachingError: If there is no teacher, likewise, or one too many.
+        TargetError: As `morph.family.search.require_reachable`.
+        SearchStateError: As `morph.family.study.require_fitting`.
         DataError, ModelFileError, TraceError, TrainingError, StorageError: As elsewhere.
     """
-    from morph.errors import OutputError, TeachingError
     from morph.family.storage import require_packages
     from morph.training.options import FitOptions
 
     require_packages()
-    if args.out is None:
-        raise OutputError("give the folder of the search with --out DIR")
-    if args.out.exists() and not args.out.is_dir():
-        raise OutputError(f"{args.out}: is a file; give the name of a folder")
-    if args.no_kd and args.teacher:
-        raise TeachingError("--no-kd is given beside --teacher; leave one of them out")
-    if not args.no_kd and not args.teacher:
-        raise TeachingError("give a teacher with --teacher MODEL, or --no-kd to learn from the labels alone")
-    if args.cache and args.no_kd:
-        raise TeachingError(
-            "--cache keeps what the teacher says, and with --no-kd there is none; leave one of them out"
-        )
+    _require_consistent(args)
     numbers = {name: getattr(args, name) for name in NUMBERS}
     FitOptions(epochs=budgets.last, seed=0, **numbers)  # refuses now what no training would take
     fabric = fabric_from(args)
@@ -138,10 +128,51 @@ def set_up(args: argparse.Namespace, budgets: Budgets) -> Job:
     part, validation = set_aside(images, args.hold_out, args.seed + 1)
     teacher = opened.model if opened else None
     settings = _settings(args, budgets, teacher, classes or _classes(images), part, validation)
+    _require_possible(args, settings)
     return Job(
         settings, teacher, args.teacher, images, test, part, validation, fabric, args, numbers,
         args.student_epochs,
     )  # fmt: skip
+
+
+def _require_possible(args: argparse.Namespace, settings: SearchSettings) -> None:
+    """See that a network can meet the limit, and that a study can be begun or gone on with.
+
+    Without a teacher and without ``--no-kd``, as a dry run may be, a study that is there is not looked at: it was made
+    with one or the other.
+
+    Raises:
+        MorphError: As `morph.family.search.require_reachable` and `morph.family.study.require_fitting`.
+    """
+    from morph.family.search import JOURNAL, require_reachable
+    from morph.family.study import require_fitting
+
+    require_reachable(settings)
+    journal = args.out / JOURNAL if args.out else None
+    where = args.storage or (str(journal) if journal and journal.exists() else None)
+    if where and (args.teacher or args.no_kd):
+        require_fitting(where, settings, name=args.study)
+
+
+def _require_consistent(args: argparse.Namespace) -> None:
+    """Refuse what is missing or contradicts itself; a dry run may leave out what a plan does not need."""
+    from morph.errors import OutputError, TeachingError
+    from morph.family.takeover import Patience
+
+    Patience(args.beat, args.patience)  # refuses what no worker could keep to
+    if args.out is None and not args.dry_run:
+        raise OutputError("give the folder of the search with --out DIR")
+    above = args.out and next(place for place in (args.out, *args.out.absolute().parents) if place.exists())
+    if above and not above.is_dir():
+        raise OutputError(f"{above}: is a file; give the name of a folder")
+    if args.no_kd and args.teacher:
+        raise TeachingError("--no-kd is given beside --teacher; leave one of them out")
+    if not args.no_kd and not args.teacher and not args.dry_run:
+        raise TeachingError("give a teacher with --teacher MODEL, or --no-kd to learn from the labels alone")
+    if args.cache and args.no_kd:
+        raise TeachingError(
+            "--cache keeps what the teacher says, and with --no-kd there is none; leave one of them out"
+        )
 
 
 def _settings(
@@ -170,7 +201,7 @@ def _settings(
     return SearchSettings(
         Task((shape[0], shape[1], shape[2]), classes, args.max_params),
         budgets,
-        distil=teacher is not None,
+        distil=not args.no_kd,
         seed=args.seed,
         asynchronous=bool(args.workers or args.join or args.storage),
         training=json.loads(json.dumps(training)),

@@ -39,7 +39,7 @@ class Table:
         if often and now - self.drawn < _APART:
             return
         self.drawn = now
-        header = (*HEADER, *(f"{epochs} epochs" for epochs in self.budgets.epochs), "")
+        header = (*HEADER, *(f"epoch {epochs}" for epochs in self.budgets.epochs), "")
         self.board(self.title(), header, [self.cells(row) for row in self._shown()], self.training)
 
     def _shown(self) -> list[TrialRow]:
@@ -67,10 +67,11 @@ class Table:
         return each * max(0, self.plan.epochs_resumed - done - min(saved, self.plan.epochs_resumed)) / self.workers
 
     def cells(self, row: TrialRow) -> tuple[str, ...]:
-        """A row."""
+        """A row; what runs by its record and was not drawn yet waits for its turn."""
         reached = (f"{row.accuracies[b]:.2%}" if b in row.accuracies else "" for b in self.budgets.epochs)
         params = "" if row.params is None else f"{row.params:,}"
-        words = row.reason[:40] if row.state == "failed" and row.reason else row.state
+        state = "waits" if row.state == "running" and row.params is None else row.state
+        words = row.reason[:40] if row.state == "failed" and row.reason else state
         return (str(row.number), str(row.bracket), *numbers(row.candidate), params, *reached, words)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from morph.cli.data_arguments import positive
 from morph.cli.model_arguments import add_model, expected_from, open_from
 from morph.cli.outputs import paths_from
-from morph.cli.running import PROCESSES, fabric_from, interrupted
+from morph.cli.running import PROCESSES, draw_afresh, fabric_from, interrupted
 from morph.cli.training_arguments import add_training, options_from
 from morph.cli.training_data import training_data
 
@@ -91,17 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def open_model(args: argparse.Namespace) -> OpenedModel:
-    """The model, with fresh weights if asked for.
-
-    Raises:
-        EditError: If they cannot be drawn afresh.
-    """
-    from morph.cut import check_reinitialise, reinitialise
-
+    """The model, with fresh weights if asked for."""
     opened: OpenedModel = open_from(args)
     if args.fresh:
-        check_reinitialise(opened.model)
-        reinitialise(opened.model, args.seed)
+        draw_afresh(args, opened.model)
     return opened
 
 

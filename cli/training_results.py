@@ -46,6 +46,7 @@ def details_of(args: argparse.Namespace, fitted: Fitted, log: Path, model: Path)
     return {
         "best_epoch": fitted.best_epoch,
         "keep": args.keep,
+        "begin": getattr(args, "begin", "weights as they came"),
         "seconds": sum(row["seconds"] for row in fitted.history),
         "history": fitted.history,
         "log": str(log),

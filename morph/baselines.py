@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from morph.cut import reinitialise
 from morph.errors import TargetError
+from morph.fresh_weights import reinitialise
 from morph.pruning import prune
 from morph.zoo.small_images import torchvision_32
 

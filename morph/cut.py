@@ -6,11 +6,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from morph.errors import EditError, PlanMismatchError
+from morph.errors import PlanMismatchError
+from morph.fresh_weights import reinitialise
 from morph.graphs import graph_of, set_constants
 from morph.heads import free_attention
 from morph.noise import add_noise
@@ -40,7 +40,7 @@ from morph.plan import (
     SwapHead,
     UseGraph,
 )
-from morph.rerouting import SHIFT, drop_branches, reroute
+from morph.rerouting import drop_branches, reroute
 from morph.resizing import resized, set_attributes, set_config
 
 
@@ -134,65 +134,6 @@ def _apply(grown: nn.Module, kind: type, edits: list[Any], origin: nn.Module) ->
             )
         elif isinstance(edit, Reinitialise):
             reinitialise(grown, edit.seed, origin)
-
-
-def reinitialise(model: nn.Module, seed: int, origin: nn.Module | None = None) -> None:
-    """Draw every weight of ``model`` afresh, in place, by each module's own ``reset_parameters``.
-
-    A traced graph keeps the parameters of modules that were traced through, but not the modules: these are drawn by the
-    module of the same path in ``origin``, the model that was traced.
-
-    What stands in the place of a residual branch that was dropped becomes zero.
-
-    The global random state stays as it was.
-
-    Raises:
-        EditError: As `check_reinitialise`.
-    """
-    check_reinitialise(model, origin)
-    owned = [(path, module) for path, module in model.named_modules() if module._parameters or module._buffers]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for path, module in owned:
-            reset = getattr(_own(module, path, origin), "reset_parameters", None)
-            if reset is not None:
-                reset()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters(recurse=False):
-            if name.startswith(SHIFT):
-                parameter.zero_()
-
-
-def _own(module: nn.Module, path: str, origin: nn.Module | None) -> nn.Module:
-    """The module itself, or for one that only keeps parameters the module that these were of, around them."""
-    if type(module) is not nn.Module or origin is None:
-        return module
-    found = dict(origin.named_modules(remove_duplicate=False)).get(path)
-    if found is None:
-        return module
-    whole: nn.Module = copy.copy(found)
-    whole._parameters, whole._buffers = module._parameters, module._buffers
-    return whole
-
-
-def check_reinitialise(model: nn.Module, origin: nn.Module | None = None) -> None:
-    """See that every weight of ``model`` can be drawn afresh.
-
-    Raises:
-        EditError: If a parameter belongs to a module that cannot do that; names it.
-    """
-    owned = [(path, m) for path, m in model.named_modules() if m._parameters or m._buffers]
-    unable = [
-        path or type(m).__name__
-        for path, m in owned
-        if any(not name.startswith(SHIFT) for name in m._parameters)
-        and not hasattr(_own(m, path, origin), "reset_parameters")
-    ]
-    if unable:
-        raise EditError(
-            f"{len(unable)} modules have parameters but no reset_parameters, so they cannot be drawn afresh: "
-            f"{', '.join(unable[:3])}"
-        )
 
 
 def _check_fit(model: nn.Module, edits: list[Regroup]) -> None:

@@ -15,12 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from morph.analysis import Analysis, length_of
 from morph.analysis.atoms import Labels
 from morph.analysis.following import floats_in, follows, same_data
+from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
 from morph.analysis.recording import Call, Inputs, Recording, Value, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.heads import SizeEdit, attention_edits, set_sizes
 from morph.plan import FreeAttention, Resize, SetAttribute
-from morph.resizing import resize_own
+from morph.resizing import resize_own, told
 
 _TRIES = 60
 _aten = torch.ops.aten
@@ -39,8 +40,7 @@ _LAYOUT = {
 }
 _SPLITS = {_aten.split.Tensor, _aten.split_with_sizes.default}  # into parts whose shapes are compared
 _COPIES = {_aten.clone, _aten.alias, _aten.detach}
-_SKIPPED = {
-    "training",
+_TOLD = {
     "num_channels",
     "normalized_shape",
     "in_features",
@@ -100,18 +100,20 @@ class Fitter:
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
-            better = None
+            best, reached = None, misfit
             for key, more in self._candidates(misfit, chosen, times):
                 if key in tried:
                     continue
                 tried.add(key)
                 found = self._try(edits, [*chosen, *more], times)
-                if found is None or found.call > misfit.call:
-                    better = (more, found)
-                    break
-            if better is None:
+                if found is None or found.call > reached.call:
+                    best = (more, found)
+                    if found is None or found.module not in {e.module for e in more}:
+                        break
+                    reached = found  # still in a module that was changed: perhaps too much was
+            if best is None:
                 break
-            chosen, misfit = [*chosen, *better[0]], better[1]
+            chosen, misfit = [*chosen, *best[0]], best[1]
         return Fit(tuple(chosen), misfit)
 
     def groups(self, times: Labels) -> list[SetAttribute]:
@@ -125,7 +127,9 @@ class Fitter:
         with put_back(self.base):
             resize_own(self.base, edits)
             set_sizes(self.base, attributes)
-            if self._plain(recorded) and follows(self.base, self.inputs, recorded, lambda v: self.shape(v, times)):
+            if self._plain(recorded) and follows(
+                self.base, self.inputs, recorded, lambda v: self.shape(v, times), lambda c, a: self._takes(c, a, times)
+            ):
                 return None
         with put_back(self.base):  # whatever that run has changed
             resize_own(self.base, edits)
@@ -195,7 +199,13 @@ class Fitter:
         was, now = floats_in(old.args), floats_in(new.args)
         if was != now:
             return f"{operator_name(new.target)} uses the constants {now}, were {was}"
+        if old.target == new.target and not self._takes(old, new.args, times):
+            return f"{operator_name(new.target)} takes positions {new.args[1:]}, which are not those of {old.args[1:]}"
         return ""
+
+    def _takes(self, call: Call, args: Sequence[Any], times: Labels) -> bool:
+        """Whether an operator takes by number what it took before the cut."""
+        return takes_the_same(call, args, self.analysis.state, times)
 
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""
@@ -216,7 +226,7 @@ class Fitter:
         while True:
             module = modules.get(path)
             names = _whole_attributes(module) if module is not None else []
-            for some in [names, *([n] for n in names)]:
+            for some in dict.fromkeys([tuple(names), *_without_one(names), *((n,) for n in names)]):
                 more = []
                 for other, same in modules.items():
                     for attribute in some if type(same) is type(module) else ():
@@ -289,11 +299,17 @@ def _same_step(expected: Sequence[Call], at: int, new: Call) -> int:
     return at
 
 
+def _without_one(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All names but one, for each of them."""
+    return [tuple(n for n in names if n != left) for left in names] if len(names) > 1 else []
+
+
 def _whole_attributes(module: nn.Module) -> list[str]:
-    """Attributes that hold a whole number or several."""
+    """Attributes that hold a whole number or several, but for those that follow the tensors of torch's own layers."""
     found = []
+    known = _TOLD if told(module) else set()
     for name, value in vars(module).items():
-        if name.startswith("_") or name in _SKIPPED:
+        if name.startswith("_") or name in known:
             continue
         items = value if isinstance(value, tuple) else (value,)
         if items and all(isinstance(i, int) and not isinstance(i, bool) and i > 1 for i in items):

@@ -60,7 +60,7 @@ class Layout:
         bordered: The graph with a border wherever a reader may take fewer channels than its source has; or the model's
             own run, where there is no graph.
         borders: For each border's node, the node that reads it.
-        left: Why readers have no gates, by path.
+        left: Why readers have no gates, by path, and weights that no reader has, by name.
         no_graph: Why there is no graph, if there is none: then gates act on weights, and the model keeps its class.
     """
 

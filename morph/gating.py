@@ -44,7 +44,8 @@ class Gated:
             the model, of its own class, with gates on the weights of its layers (`morph.passes.gated_weights`). Train
             it as any module. Its other parameters have the names that they have in the model that came in.
         sites: Where the gates are, in the order of execution.
-        left: Why layers have no gates in front of them, by path.
+        left: Why layers have no gates in front of them, by path; and weights that are used otherwise than by a
+            convolution or linear layer, by name.
     """
 
     def __init__(self, source: nn.Module, inputs: Inputs, layout: Layout, where: Where) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from morph.analysis.atoms import Labels
+from morph.analysis.bare import Bare
 from morph.analysis.edits import times_of
+from morph.analysis.picking import same_index
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton, without_data
@@ -74,7 +77,7 @@ def mend(
     made = _Refit(cut, values, state, times)
     args, kwargs = arguments_of(inputs)
     try:
-        with torch.no_grad(), plain_attention():
+        with torch.no_grad(), plain_attention(), Bare():  # type: ignore[no-untyped-call]
             made.run(*args, **kwargs)
     except _UnfitError as unfit:
         return made.edits, unfit.misfit
@@ -97,6 +100,7 @@ class _Refit(Interpreter):
         self.graph_module = cut
         self.values, self.state, self.times = values, state, times
         self.edits: list[SetConstant | SplitAt] = []
+        self.arguments: Any = ()  # of the node at hand before the cut
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on positional and named inputs."""
@@ -108,6 +112,7 @@ class _Refit(Interpreter):
         if n.op in ("placeholder", "output", "get_attr") or n.name not in self.values:
             return super().run_node(n)
         self._keep_scale(n)
+        self.arguments = fx.node.map_arg(n.args, self._old)
         result, why = self._attempt(n, expected)
         if not why:
             return result
@@ -131,7 +136,17 @@ class _Refit(Interpreter):
         except Exception as error:
             return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
         wanted, got = self._shapes(expected), _tensor_shapes(result)
-        return result, "" if wanted == got else f"shape {got}, expected {wanted}"
+        if wanted != got:
+            return result, f"shape {got}, expected {wanted}"
+        return result, "" if self._takes_the_same(n) else "it takes other positions than before"
+
+    def _takes_the_same(self, n: fx.Node) -> bool:
+        """Whether an index in brackets takes the positions that it took before."""
+        if n.target is not operator.getitem or not isinstance(self.arguments[0], Value):
+            return True
+        source, before = self.arguments
+        now = fx.node.map_arg(n.args[1], lambda node: self.env[node])
+        return same_index(self.state.tag(source).axes, self.times, before, now)
 
     def _shapes(self, expected: Any) -> list[tuple[int, ...]]:
         return [self._shape(v) for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.borders import Border
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, without_data
-from morph.analysis.tags import Sum
+from morph.analysis.tags import Sum, operator_name
 from morph.inputs import plain
 from morph.passes.gates import input_axis, weight_axis
 
@@ -69,7 +69,8 @@ class Survey:
         analysis: What hangs together in it.
         readers: Its readers, in the order of execution.
         pinned: ``[units]`` those that something else sums over, or that a statistic runs over.
-        unread: Why layers that look like readers are none, by path.
+        unread: Why layers that look like readers are none, by path, and weights that no such layer multiplies with, by
+            name.
     """
 
     analysis: Analysis
@@ -113,6 +114,7 @@ def graphed(graph: fx.GraphModule, inputs: Inputs) -> Graphed:
     analysis = analysis_of(recording, frozenset(name for name, _ in graph.named_parameters()))
     unread: dict[str, str] = {}
     readers = tuple(_readers(graph, values, analysis, unread))
+    unread |= _other_products(graph, analysis, {reader.path for reader in readers} | unread.keys())
     own = {reader.path for reader in readers}
     others = [entry for entry in analysis.state.sums if analysis.recording.calls[entry.call].module not in own]
     return Graphed(analysis, readers, pinned_by(analysis, others), unread, graph, bare, values)
@@ -161,6 +163,28 @@ def _readers(
                 positions=positions,
                 through=groups > 1 and not len(units),
             )
+
+
+def _other_products(graph: fx.GraphModule, analysis: Analysis, known: Collection[str]) -> dict[str, str]:
+    """Weights with which something else than the layers in ``known`` sums over channels, and what does."""
+    recording = analysis.recording
+    weights = {value.number: name for name, value in recording.sources.items()}
+    for call in recording.calls:  # transposed, reshaped and so on they are still weights
+        origins = [weights.get(value.number) for value in call.reads]
+        if isinstance(call.output, Value) and origins and all(origins):
+            weights.setdefault(call.output.number, str(origins[0]))
+    found: dict[str, str] = {}
+    for entry in analysis.state.sums:
+        call = recording.calls[entry.call]
+        names = [weights.get(value.number) for value, _ in entry.operands]
+        if call.module in known or len(names) < 2 or all(names):
+            continue
+        kind = type(graph.get_submodule(call.module))
+        traced_through = kind is nn.Module or issubclass(kind, fx.GraphModule)
+        user = f"by {operator_name(call.target)}" if traced_through else f"inside {kind.__name__}"
+        reason = f"it is used {user}, not by a convolution or linear layer"
+        found |= {name: reason for name in names if name and name not in found}
+    return found
 
 
 def summed(analysis: Analysis, roots: Labels, made: Labels, groups: int) -> tuple[Labels, Labels]:

@@ -163,6 +163,12 @@ def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Map
         )
 
 
+def told(module: nn.Module) -> bool:
+    """Whether a module is told its new sizes when its tensors are resized: one of torch's own with tensors."""
+    own = isinstance(module, _ConvNd | _NormBase | nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.Embedding)
+    return own and any(t is not None for t in [*module._parameters.values(), *module._buffers.values()])
+
+
 def _tell(module: nn.Module) -> None:
     """Let a module of torch know the shape of its weight."""
     weight = module._parameters.get("weight")

@@ -96,7 +96,8 @@ class SearchOptions:
                 raise TargetError(f"{name} of {getattr(self, name)}; give a number above 0")
         for name in ("lambda2", "momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < (1 if name == "momentum" else float("inf")):
-                raise TargetError(f"{name} of {getattr(self, name)} is out of its range")
+                wanted = "at least 0 and below 1" if name == "momentum" else "0 or above, finite"
+                raise TargetError(f"{name} of {getattr(self, name)}; give a number of {wanted}")
         self.make_loss()
 
     @property

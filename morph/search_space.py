@@ -80,6 +80,7 @@ def space_facts(space: SearchSpace) -> dict[str, Any]:
     """What a record says of the gates and of the teacher, before a step is made."""
     return {
         "gates_total": space.gated.total,
+        "ungated": dict(space.gated.left),
         "macs_paper_before": with_norms(space.counts),
         "sites": [
             {

@@ -18,8 +18,7 @@ from torch import nn
 
 from morph.batches import Data, describe_data
 from morph.counts import Counts, count
-from morph.cut import check_reinitialise, reinitialise
-from morph.errors import EditError
+from morph.fresh_weights import reinitialise, said_of
 from morph.inputs import picked, tensors_of
 from morph.passes.gates import gates_of
 from morph.plan import Plan, Record, Reinitialise
@@ -78,11 +77,10 @@ def search_student(
     Raises:
         TargetError: If a number is out of its range, or the target is met already or cannot be reached.
         DataError: If the data does not fit the teacher, or ends.
-        EditError: If the weights cannot be drawn afresh; ``inherit=True`` keeps those of the search.
         DivergedError: If the loss or a weight is not finite.
         SearchError: If the gates that may close do not meet the budget.
         SearchStateError: If the checkpoint cannot be read, or is of another search.
-        TraceError, CheckFailedError, OutputError: As elsewhere.
+        TraceError, EditError, CheckFailedError, OutputError: As elsewhere.
 
     Example:
         >>> import torch, morph
@@ -94,8 +92,6 @@ def search_student(
         True
     """
     numbers = SearchOptions(**options)
-    if not numbers.inherit:
-        _require_fresh(teacher)
     states = random_states()
     try:
         seed_everything(numbers.seed)
@@ -110,14 +106,6 @@ def search_student(
         return _student(teacher, data, space, numbers, found)
     finally:
         set_random_states(states)
-
-
-def _require_fresh(teacher: nn.Module) -> None:
-    """See that the student's weights can be drawn afresh."""
-    try:
-        check_reinitialise(teacher)
-    except EditError as error:
-        raise EditError(f"{error}; the student can keep the weights of the search instead (inherit)") from error
 
 
 def _search(
@@ -162,9 +150,11 @@ def _student(teacher: nn.Module, data: Data, space: SearchSpace, options: Search
     space.gated.model.train(teacher.training)
     removed = space.gated.remove(space.flat.split(found.closed))
     plan, model = removed.record.plan, removed.model.requires_grad_(True)
+    weights = "those of the search; replayed on the teacher, the plan gives the structure alone"
     if not options.inherit:
         plan = Plan((*plan.edits, Reinitialise(options.seed)))
-        reinitialise(model, options.seed, teacher)
+        others = said_of(reinitialise(model, options.seed, teacher))
+        weights = f"drawn afresh, seed {options.seed}, after the check" + (f"; {others}" if others else "")
     after = count(model, picked(space.inputs, slice(0, 1)))
     record = Record(
         command=COMMAND,
@@ -173,19 +163,18 @@ def _student(teacher: nn.Module, data: Data, space: SearchSpace, options: Search
         before=sizes(space.counts),
         after=sizes(after),
         checks=removed.record.checks,
-        details={**removed.record.details, **_details(space, options, found, after)},
+        details={**removed.record.details, **_details(space, found, after), "weights": weights},
         environment={**environment(teacher, space.inputs), "data": describe_data(data)},
     )
     return Result(model, record)
 
 
-def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Counts) -> dict[str, Any]:
+def _details(space: SearchSpace, found: Found, after: Counts) -> dict[str, Any]:
     """What the record says beside what the removal says."""
     every = -(-len(found.history) // _ROWS)
     closed = space.flat.split(found.closed) if found.closed is not None else {}
     facts = space_facts(space)
     sites = [{**site, "closed": int(closed[site["name"]].sum())} for site in facts["sites"]]
-    weights = "those of the search; replayed on the teacher, the plan gives the structure alone"
     return {
         **facts,
         "sites": sites,
@@ -195,7 +184,6 @@ def _details(space: SearchSpace, options: SearchOptions, found: Found, after: Co
         "forced": found.forced,
         "thin": thin(space.gated.sites, closed),
         "lambda2": found.lambda2,
-        "weights": weights if options.inherit else f"drawn afresh, seed {options.seed}, after the check",
         "drops": drops(space.gated.sites, closed),
         "history": found.history[::-every][::-1],
     }

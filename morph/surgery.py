@@ -195,7 +195,10 @@ def promise(checks: tuple[Check, ...], plan: Plan) -> str:
             "what was cut"
         )
     if any(isinstance(edit, Reinitialise) for edit in plan.edits):
-        return text + "; then all weights were drawn afresh, so the new model computes something else"
+        return (
+            f"{text}; then all weights were drawn afresh, by their modules' reset_parameters or, where there is none, "
+            "from a normal distribution of their mean and deviation before, so the new model computes something else"
+        )
     if any(isinstance(edit, Perturb) for edit in plan.edits):
         return f"{text}; then {NOISE}"
     if any(isinstance(edit, SwapHead | PutLabelHead | PutVotingHead) for edit in plan.edits):

@@ -29,16 +29,20 @@ from morph.analysis.recording import (
 from morph.analysis.tags import Statistic, Sum, values_in
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_HIGH = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
 
 
 class _Lifted(TorchDispatchMode):
-    """Runs operators that ask for a smaller floating-point type in float64 instead."""
+    """Runs operators that ask for a smaller floating-point type, or find one, in float64 instead."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _kernel(func)(*_lifted(args), **_lifted(kwargs or {}))
+        args, kwargs = _lifted((args, kwargs or {}))
+        return _kernel(func)(*(args if _writes(func) else doubled(args)), **kwargs)
 
 
 def _kernel(func: Any) -> Any:
@@ -53,8 +57,8 @@ def _grouped_product(x: Tensor, w: Tensor, offsets: Tensor, *_: Any, **__: Any) 
 
 
 def _lifted(tree: Any) -> Any:
-    """The same arguments with float64 in place of smaller types."""
-    return pytree.tree_map_only(torch.dtype, lambda d: torch.float64 if d in _LOW else d, tree)
+    """The same arguments with float64, or its complex type, in place of smaller types."""
+    return pytree.tree_map_only(torch.dtype, lambda d: _HIGH.get(d, d), tree)
 
 
 def _writes(func: Any) -> bool:
@@ -64,8 +68,8 @@ def _writes(func: Any) -> bool:
 
 
 def doubled(tree: Any) -> Any:
-    """The same with every tensor of a smaller floating-point type in float64."""
-    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype in _LOW else t, tree)
+    """The same with every tensor of a smaller type in float64, or its complex type."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(_HIGH.get(t.dtype, t.dtype)), tree)
 
 
 @contextmanager
@@ -175,7 +179,7 @@ class _Run:
                 return tensor if writes else doubled(tensor)
             if isinstance(leaf, torch.device):
                 return self.device
-            return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _LOW else leaf
+            return _HIGH.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
         args, kwargs = pytree.tree_map(real, (call.args, call.kwargs), is_leaf=lambda x: isinstance(x, Value))
         args = self._masked(number, call, args)

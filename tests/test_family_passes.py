@@ -11,11 +11,11 @@ from models import Snapshot, randomise
 
 import morph
 from morph.blocks import find_cells
-from morph.cut import reinitialise
-from morph.errors import EditError, NothingToGrowError
+from morph.errors import NothingToGrowError
 from morph.family.generator import Task, draw_network
 from morph.family.settings import FamilySettings
 from morph.files.convert import convert
+from morph.fresh_weights import reinitialise
 from morph.scores import fisher
 from morph.teaching.feature_losses import AttentionTransfer, Hint
 from morph.teaching.losses import SoftLabels
@@ -104,10 +104,9 @@ def test_a_student_is_found_inside_it(net, inherit):
 
 def test_a_graph_draws_afresh_only_with_what_it_was_traced_from(net):
     graph = copy.deepcopy(morph.trace(net, X).graph_module)
-    with pytest.raises(EditError, match="no reset_parameters"):
-        reinitialise(graph, 0)
-    reinitialise(graph, 0, net)
     weights = [p for name, p in graph.named_parameters() if "merges" in name]
+    assert len(reinitialise(graph, 0)) == len(weights)
+    assert reinitialise(graph, 0, net) == ()
     assert weights
     assert all(torch.equal(weight, torch.ones_like(weight)) for weight in weights)
 

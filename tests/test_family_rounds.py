@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -16,12 +18,13 @@ import torch
 from family_fakes import SETTINGS, FakeTrain, accuracy, draw_nothing
 
 from morph.errors import SearchStateError, StorageError
+from morph.family import storage
 from morph.family.budgets import Budgets
 from morph.family.candidate import best_of, candidate_from
 from morph.family.generator import draw_network
 from morph.family.rounds import run_rounds
 from morph.family.storage import require_packages
-from morph.family.study import FamilyStudy, importances
+from morph.family.study import FamilyStudy, importances, require_fitting
 
 pytest.importorskip("optuna")
 
@@ -227,6 +230,52 @@ def test_storages_that_cannot_be_used(tmp_path, where, message, monkeypatch):
     with pytest.raises(StorageError, match=message) as caught:
         FamilyStudy(place, SETTINGS)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 404 Not Found\r\n\r\n"])
+def test_a_server_of_another_kind_is_left_after_a_while(monkeypatch, answer):
+    pytest.importorskip("grpc")
+    monkeypatch.setattr("morph.family.storage._SERVER_WAIT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answers():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = server.accept()[0]
+                    if answer:
+                        connection.sendall(answer)
+
+        threading.Thread(target=answers, daemon=True).start()
+        where = f"grpc://127.0.0.1:{server.getsockname()[1]}"
+        for opened in (FamilyStudy, require_fitting):
+            with pytest.raises(StorageError, match="not reachable"):
+                opened(where, SETTINGS)
+
+
+def test_no_database_is_waited_for_without_end():
+    options = storage._engine_options("postgresql+psycopg://host/name")
+    assert options["connect_args"] == {"connect_timeout": storage._SERVER_WAIT}
+    assert "connect_args" not in storage._engine_options("postgresql+psycopg://host/name?connect_timeout=3")
+    assert "connect_args" not in storage._engine_options("sqlite:///study.db")
+
+
+def test_a_look_writes_nothing_and_finds_other_settings(tmp_path):
+    journal, database = tmp_path / "study.journal", f"sqlite:///{tmp_path}/study.db"
+    for where in (str(journal), database):
+        require_fitting(where, SETTINGS)
+        assert not list(tmp_path.glob("study.*"))
+    for where in (str(journal), database):
+        FamilyStudy(where, SETTINGS)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for where in (str(journal), database):
+        require_fitting(where, SETTINGS)
+        require_fitting(where, replace(SETTINGS, seed=1), name="another")
+        with pytest.raises(SearchStateError, match="seed is 0 there and 1 here"):
+            require_fitting(where, replace(SETTINGS, seed=1))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    journal.write_bytes(b"\x89PNG\r\n" * 9)
+    with pytest.raises(StorageError, match="not the journal of a study"):
+        require_fitting(str(journal), SETTINGS)
 
 
 def test_a_database_does_as_well(tmp_path):

@@ -18,8 +18,10 @@ import pytest
 from family_fakes import SETTINGS, FakeTrain, accuracy, draw_nothing
 
 from morph.errors import StorageError
+from morph.family.candidate import Outcome
 from morph.family.study import FamilyStudy
-from morph.family.workers import Patience, _take_up, work
+from morph.family.takeover import Patience, Watch, signs_of_life, take_up
+from morph.family.workers import work
 
 pytest.importorskip("optuna")
 
@@ -136,19 +138,54 @@ def test_workers_at_the_same_time_do_each_configuration_once(tmp_path):
     assert len(done) == sum(len(row.accuracies) for row in rows)
 
 
-def test_stopping_rule_keeps_the_best_of_one_in_eta(tmp_path):
-    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
-    work(study, 20, FakeTrain(), tmp_path, patience=QUICK)
-    seen: list[float] = []
-    for row in study.rows():
-        if row.bracket:
-            continue
-        seen_before = [r.accuracies[1] for r in study.rows() if r.number < row.number and 1 in r.accuracies]
-        values = [*seen_before, row.accuracies[1]]
-        goes_on = sum(v > row.accuracies[1] for v in values) < max(1, len(values) // 2)
-        assert (row.epochs > 1) == goes_on
-        seen.append(row.accuracies[1])
-    assert len(seen) == 8
+def rank(rows, row, epochs):
+    """Place of a row among those of its bracket that reached a budget, from 0."""
+    reached = [r for r in rows if r.bracket == row.bracket and epochs in r.accuracies]
+    return sorted(reached, key=lambda r: (-r.accuracies[epochs], r.number)).index(row), len(reached)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_worker_promotes_whoever_is_among_the_best_when_all_is_done(tmp_path, seed):
+    study = FamilyStudy(str(tmp_path / "journal"), replace(SHARED, seed=seed))
+    train = FakeTrain()
+    work(study, 20, train, tmp_path, patience=QUICK)
+    rows = study.rows()
+    assert Counter(row.bracket for row in rows) == {0: 8, 1: 6, 2: 6}
+    for row in rows:
+        assert row.state == ("complete" if row.epochs == 4 else "stopped")
+        for epochs in row.accuracies:
+            place, reached = rank(rows, row, epochs)
+            if place < reached // 2:
+                assert row.epochs > epochs or epochs == 4
+    assert len(train.calls) == sum(len(row.accuracies) for row in rows)  # nothing is trained twice
+    assert all(wanted // 2 == done for done, wanted in train.calls if done)  # and each goes on from its state
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_a_trial_that_waits_goes_on_when_others_turn_out_worse(tmp_path):
+    study, values = FamilyStudy(str(tmp_path / "journal"), SHARED), iter([0.3, 0.2, 0.1, 0.05])
+    known: dict[str, float] = {}
+
+    def train(model, candidate, epochs, checkpoint):
+        value = known.setdefault(checkpoint.name, next(values, 0.01))
+        checkpoint.write_text("state")
+        return Outcome(value * epochs, tuple(value * e for e in range(1, epochs + 1)))
+
+    work(study, 4, train, tmp_path, patience=QUICK)
+    assert [row.epochs for row in study.rows()] == [4, 2, 1, 1]
+
+
+def test_no_trial_goes_on_before_another_one_is_worse(tmp_path):
+    study, calls = FamilyStudy(str(tmp_path / "journal"), SHARED), []
+    fake = FakeTrain()
+
+    def train(model, candidate, epochs, checkpoint):
+        calls.append((checkpoint.name, epochs))
+        return fake(model, candidate, epochs, checkpoint)
+
+    work(study, 4, train, tmp_path, patience=QUICK)
+    assert [epochs for _, epochs in calls[:3]] == [1, 1, 2]
+    assert len({name for name, _ in calls[:2]}) == 2
 
 
 def test_a_worker_told_to_stop_gives_its_trial_back_at_once(tmp_path):
@@ -161,18 +198,89 @@ def test_a_worker_told_to_stop_gives_its_trial_back_at_once(tmp_path):
     complete(study.rows())
 
 
-def test_a_trial_whose_workers_die_again_and_again_is_given_up(tmp_path):
+DEADLY = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import morph.family.running
+from family_fakes import FakeTrain, draw_nothing
+from test_family_workers import SHARED, QUICK
+from morph.family.study import FamilyStudy
+from morph.family.workers import work
+
+morph.family.running.draw_network = draw_nothing
+fake = FakeTrain()
+folder = Path(sys.argv[2])
+study = FamilyStudy(str(folder / "study.journal"), SHARED)
+first = study.trials()[0].user_attrs["key"] if study.trials() else None
+
+def train(model, candidate, epochs, checkpoint):
+    if first is None or (first in checkpoint.name and epochs == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake(model, candidate, epochs, checkpoint)
+
+work(study, 10, train, folder, patience=QUICK)
+"""
+
+
+def test_a_trial_that_kills_its_workers_twice_at_the_same_place_is_given_up(tmp_path):
+    command = [sys.executable, "-c", DEADLY, str(Path(__file__).parent), str(tmp_path)]
+    codes = [subprocess.run(command, check=False).returncode for _ in range(3)]
+    assert codes == [-9, -9, 0]
+    rows = FamilyStudy(str(tmp_path / "study.journal"), SHARED).rows()
+    assert [row.reason for row in rows if row.state == "failed"] == [
+        "its process was killed 2 times, perhaps for want of memory"
+    ]
+    assert not [row for row in rows if row.state == "running"]
+    assert len(rows) == 10
+
+
+def test_clocks_of_other_machines_do_not_matter(tmp_path, monkeypatch):
+    study, now = FamilyStudy(str(tmp_path / "journal"), SHARED), [0.0]
+    watch = Watch(180.0, lambda: now[0])
+    for skew in (-1e9, 1e9):
+        trial = study.add(study.propose([1]), key=str(skew), bracket=0, beat=time.time() + skew)
+        for beat in range(20):  # alive, seen once in a while
+            now[0] += 170.0
+            assert take_up(study, watch) is None
+            study.note(trial, beat=time.time() + skew + beat)
+        now[0] += 170.0
+        assert take_up(study, watch) is None
+        now[0] += 179.0
+        assert take_up(study, watch) is None
+        now[0] += 1.0
+        taken = take_up(study, watch)
+        assert taken.user_attrs["key"] == str(skew)
+        study.fail(taken, "enough")
+
+
+def test_a_storage_that_is_away_for_a_moment_does_not_end_the_signs_of_life(tmp_path, monkeypatch):
     study = FamilyStudy(str(tmp_path / "journal"), SHARED)
-    first = study.add(study.propose([1]), key="a", beat=0.0)
-    for attempt in (2, 3):
-        taken = _take_up(study, Patience(0.1, 1.0))
-        assert taken.user_attrs["attempts"] == attempt
-        study.note(taken, beat=0.0)
-    assert _take_up(study, Patience(0.1, 1.0)) is None
-    (row,) = study.rows()
-    assert row.state == "failed"
-    assert row.reason == "its worker died 3 times"
-    assert row.candidate.seed == first.user_attrs["seed"]
+    trial = study.add(study.propose([1]), key="a", bracket=0, beat=1.0)
+    note, calls, done = study.note, [], threading.Event()
+
+    def shaky(trial, **attributes):
+        calls.append(attributes)
+        if len(calls) < 3:
+            raise OSError("the server is away")
+        note(trial, **attributes)
+        done.set()
+
+    monkeypatch.setattr(study, "note", shaky)
+    with signs_of_life(study, trial, 0.01):
+        assert done.wait(30)
+    assert study.storage.get_trial(trial._trial_id).user_attrs["beat"] > 1.0
+
+
+def test_a_trial_that_waits_is_a_stopped_one_to_the_sampler_and_is_not_asked_for_again(tmp_path):
+    study = FamilyStudy(str(tmp_path / "journal"), SHARED)
+    trial = study.add(study.propose([1]), key="a", bracket=0, beat=1.0)
+    study.report(trial, 1, Outcome(0.25, (0.25,)))
+    study.pause(trial)
+    assert [row.state for row in study.rows()] == ["stopped"]
+    assert study.propose([2]).family != study.rows()[0].candidate.family
+    assert study.claim(trial)
+    assert not study.claim(trial)
 
 
 def test_many_that_take_up_the_same_trial_get_it_once(tmp_path):
@@ -184,7 +292,7 @@ def test_many_that_take_up_the_same_trial_get_it_once(tmp_path):
     def take():
         own = FamilyStudy(where, SHARED)
         gate.wait()
-        got.append(_take_up(own, Patience(0.1, 100.0)))
+        got.append(take_up(own, Watch(100.0)))
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     for thread in threads:
@@ -203,7 +311,7 @@ def test_a_worker_that_stood_still_leaves_the_trial_to_the_other(tmp_path):
         if not late:
             late.append(study.trials()[0])
             study.note(late[0], beat=0.0)
-            taken = _take_up(study, Patience(50, 1.0))  # by another one, which finishes it
+            taken = take_up(study, Watch(1.0))  # by another one, which finishes it
             study.report(taken, 1, fake(model, candidate, 1, checkpoint))
             study.finish(taken)
         return fake(model, candidate, epochs, checkpoint)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from gate_support import MODELS, hooked, made, outputs, shut
-from models import Snapshot
+from models import Snapshot, randomise
 from torch import nn
 
 import morph
@@ -177,6 +177,32 @@ def test_what_cannot_be_gated_is_refused_with_the_reason():
         gated.sizes({"x": torch.zeros(3, dtype=torch.bool)})
     with pytest.raises(TargetError, match="two has 11 gates, got a mask of shape"):
         gated.remove({"two": torch.zeros(3, dtype=torch.bool)})
+
+
+def test_weights_outside_layers_are_left_whole_and_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(12), nn.Linear(9, 7)
+            self.kernel, self.matrix = (nn.Parameter(torch.randn(shape)) for shape in ((12, 8, 3, 3), (9, 12)))
+            self.turn = nn.GRU(9, 9, batch_first=True)
+            self.register_buffer("table", torch.randn(9, 9))
+
+        def forward(self, x):
+            x = torch.relu(self.norm(nn.functional.conv2d(torch.relu(self.stem(x)), self.kernel)))
+            x = x.mean((2, 3)) @ self.matrix.t()
+            return self.head(self.turn((x @ self.table)[:, None])[0].mean(1))
+
+    gated = morph.gate(randomise(Functional()), torch.randn(2, 3, 9, 9))
+    assert [site.name for site in gated.sites] == ["head"]
+    assert gated.left == {
+        "stem": "it reads the input of the model",
+        "kernel": "it is used by aten.convolution.default, not by a convolution or linear layer",
+        "matrix": "it is used by aten.mm.default, not by a convolution or linear layer",
+        "table": "it is used by aten.mm.default, not by a convolution or linear layer",
+        "turn.weight_ih_l0": "it is used inside GRU, not by a convolution or linear layer",
+        "turn.weight_hh_l0": "it is used inside GRU, not by a convolution or linear layer",
+    }
 
 
 def test_a_gate_by_itself():

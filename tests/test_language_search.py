@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import morph
-from morph.errors import EditError
 from morph.gating import gate
 from morph.inputs import picked
 from morph.passes.gated_weights import GatedModule
@@ -20,7 +19,7 @@ from morph.passes.gates import gates_of
 from morph.surgery import Result, replay
 
 transformers = pytest.importorskip("transformers")
-from language_nets import CLASSES, bert, distilbert, llama, sentences, vit  # noqa: E402  # needs transformers
+from language_nets import CLASSES, bert, distilbert, sentences, vit  # noqa: E402  # needs transformers
 
 X, Y = sentences(12)
 OPTIONS = {"epochs": 4, "batch_size": 4, "lr": 0.01, "seed": 3, "count_every": 1}
@@ -99,13 +98,11 @@ def test_a_killed_search_ends_with_the_same_student(tmp_path):
         assert torch.equal(tensor, again.model.state_dict()[key]), key
 
 
-def test_fresh_weights_where_every_module_can_draw_them():
+def test_fresh_weights():
     model = distilbert()
     result = search(model, (X, Y))
     assert result.record.after["macs"] <= result.record.options["target_macs"]
     assert not torch.equal(result.model.classifier.bias, model.classifier.bias)
-    with pytest.raises(EditError, match=r"LlamaRMSNorm|norm.*keep the weights of the search instead"):
-        morph.search_student(llama(), (X, Y), target_params=5000)
 
 
 def test_images_by_name():

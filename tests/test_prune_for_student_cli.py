@@ -255,6 +255,23 @@ def test_a_disk_that_is_full_costs_nothing(capsys, monkeypatch, allowed):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_interrupted_while_the_student_is_written_it_goes_on_from_its_state(capsys, monkeypatch):
+    command = ["teacher.pt", "--target-params", "2K", *FAST, "--out", "two.pt"]
+    before = files()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("morph.search_picture.search_picture", interrupt)
+        code, out, err = run(capsys, *command)
+    assert (code, out) == (130, "")
+    assert err == "morph: interrupted; the same command goes on from two.search\n"
+    assert files() == before | {"two.search"}
+    assert run(capsys, *command)[0] == 0
+    assert files() == before | {"two.pt", "two.json", "two.svg"}
+
+
 def test_a_file_that_may_not_grow_is_one_line():
     """As the operating system says it, not as a mock does."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "

@@ -227,6 +227,25 @@ def test_a_model_that_cannot_be_copied_is_refused():
         analyse(Uncopyable(5, 3), torch.randn(2, 5))
 
 
+def test_results_that_a_run_with_gradients_left_are_named():
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.cache = nn.Linear(3, 4), {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.cache.setdefault(str(x.device), self.layer.weight.exp()).T
+
+    model, x = nn.Sequential(Caching()), torch.randn(2, 3)
+    model(x)
+    with pytest.raises(TraceError, match=r"0 \(Caching\) keeps results of a run with gradients in cache .*: empty it"):
+        analyse(model, x)
+    model[0].cache.clear()
+    with torch.no_grad():
+        model(x)
+    assert analyse(model, x).recording.calls
+
+
 def test_a_run_that_breaks_off_says_where():
     model, inputs = make("mlp")
     broken = skeleton(model)

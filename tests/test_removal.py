@@ -23,7 +23,7 @@ from morph.removal import LIMIT, Remover, check_cut, compare, promise
 from morph.resizing import resized, set_attributes
 from morph.zeroing import run_doubled
 
-GRAPH = {"constants", "gated", "shuffle", "grouphead", "packed"}
+GRAPH = {"constants", "gated", "shuffle", "packed"}
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -248,7 +248,7 @@ def test_the_live_table(monkeypatch):
     assert all(len(row) == len(header) for row in rows)
     assert rows[-1][-1] == "RuntimeError: no memory"
     reached = [row.accuracies.get(4, 0) for row in table.rows]
-    assert rows[0][header.index("4 epochs")] == f"{max(reached):.2%}"
+    assert rows[0][header.index("epoch 4")] == f"{max(reached):.2%}"
     done = sum(len(row.curve) for row in table.rows)
     lost = 4 - 0  # what the failed one would have been trained for at most
     assert table.seconds_left() == (SETTINGS.budgets.plan().times(2).epochs_resumed - done - lost) / 2
@@ -291,11 +291,36 @@ def test_a_storage_elsewhere(capsys):
         (("--no-kd", *FAST, "--out", "out", "--compare", "nothing"), "nothing/search.json: not the record of a search"),
         (("--no-kd", *FAST, "--out", "out", "--storage", "no/such/journal"), "the folder no/such does not exist"),
         (("--no-kd", *FAST, "--hold-out", "0", "--out", "out"), "too few to set 0 of them aside"),
+        (("--no-kd", *FAST, "--beat", "10", "--patience", "19", "--out", "out"), "must be at least twice as long"),
+        (("--no-kd", *FAST, "--out", "data.npz/out"), "data.npz: is a file"),
+        (("--no-kd", *FAST, "--out", "out", "--storage", "grpc://127.0.0.1:port"), "give grpc://HOST:PORT"),
         (("--no-kd", *FAST, "--device", "gibberish", "--out", "out"), "--device gibberish"),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, arguments, message):
     assert message in bad(capsys, *arguments)
+    if not any(missing in message for missing in ("with --out DIR", "give a teacher with")):
+        assert message in bad(capsys, *arguments, "--dry-run")  # which refuses it too
+    assert not Path("out").exists()
+
+
+def test_a_dry_run_looks_at_a_study_that_is_there_and_writes_nothing(capsys):
+    def everything():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path().rglob("*") if path.is_file()}
+
+    for more in (("--storage", "sqlite:///shared.db"), ()):
+        arguments = ("--no-kd", *FAST, "--students", "0", "--out", "out", *more)
+        before = everything()
+        assert run(capsys, *arguments, "--dry-run")[0] == 0
+        assert everything() == before
+        assert run(capsys, *arguments)[0] == 0
+        half = Path("out/study.journal")
+        if half.exists():
+            half.write_bytes(half.read_bytes() + b'{"op_code": 8, "wor')  # of a writer that was killed
+        before = everything()
+        assert run(capsys, *arguments, "--dry-run")[0] == 0
+        assert "training.lr is 0.05 there and 0.2 here" in bad(capsys, *arguments, "--lr", "0.2", "--dry-run")
+        assert everything() == before
 
 
 def test_a_teacher_of_other_classes_is_refused(capsys):

@@ -322,8 +322,8 @@ def test_distances_and_rates():
         ({"mode": "best"}, "mode 'best'; expected one of kd-weighted"),
         ({"epochs": 0}, "epochs of 0"),
         ({"lr": -1.0}, "lr of -1"),
-        ({"lambda2": float("inf")}, "lambda2 of inf"),
-        ({"momentum": 1.0}, "momentum of 1.0"),
+        ({"lambda2": float("inf")}, "lambda2 of inf; give a number of 0 or above, finite"),
+        ({"momentum": 1.0}, "momentum of 1.0; give a number of at least 0 and below 1"),
         ({"tau": -1.0}, "temperature of -1"),
     ],
 )

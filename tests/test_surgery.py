@@ -11,7 +11,7 @@ from models import Net, Snapshot, images, randomise
 from torch import nn
 
 from morph.cut import apply_plan
-from morph.errors import CheckFailedError, EditError, PlanMismatchError
+from morph.errors import CheckFailedError, PlanMismatchError
 from morph.plan import Plan, Regroup, Reinitialise, load_plan
 from morph.surgery import replay
 from morph.verify import require, same_function
@@ -104,18 +104,6 @@ def test_fresh_weights_are_a_decision_that_replays(net):
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.model.stem.weight, net.stem.weight)
     assert float(first.model.blocks[0].norm.running_mean.abs().max()) == 0
-
-
-def test_modules_that_cannot_be_drawn_afresh_are_named():
-    class Scaled(Net):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
-    with pytest.raises(
-        EditError, match="1 modules have parameters but no reset_parameters, so they cannot be drawn afresh: Scaled"
-    ):
-        apply_plan(Scaled(), Plan((Reinitialise(0),)))
 
 
 def test_the_check_rejects_a_wrong_result(net):

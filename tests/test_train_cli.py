@@ -96,6 +96,7 @@ def test_fresh_weights_and_no_validation(capsys):
         )
         assert code == 0
         assert "validation     none" in out
+        assert json.loads(Path("f.json").read_text())["begin"] == f"drawn afresh, seed {seed}"
         Path("f.pt").rename(f"f{len(list(Path().glob('f[0-9].pt')))}.pt")
     assert equal(weights("f0.pt"), weights("f1.pt"))
     assert not equal(weights("f0.pt"), weights("f2.pt"))

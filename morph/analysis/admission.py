@@ -44,4 +44,10 @@ def _obstacle(module: nn.Module) -> str:
                 f"computes it (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), or use "
                 f"torch.nn.utils.parametrizations"
             )
+        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        if any(isinstance(item, Tensor) and item.grad_fn is not None for item in items):
+            return (
+                f"keeps results of a run with gradients in {name} and cannot be copied: empty it; some models do so "
+                f"when they are told to train()"
+            )
     return ""

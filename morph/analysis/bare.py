@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run_bare(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -32,6 +33,15 @@ def _alike(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _normed(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _alike(x), _empty((0,), x), _empty((0,), x)
+
+
+def _layer_normed(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `_normed`, if the shape is that of the last axes; the kernel says what is wrong with another."""
+    last = tuple(shape)
+    given = [x.shape[-len(last) :], *(t.shape for t in (weight, bias) if t is not None)]
+    return _normed(x) if all(tuple(other) == last for other in given) else None
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -120,15 +130,24 @@ _FORMS: dict[Any, Callable[..., Any]] = {
         ),
         _alike,
     ),
-    **dict.fromkeys(
-        (_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default), _normed
-    ),
+    **dict.fromkeys((_aten.native_batch_norm.default, _aten.native_group_norm.default), _normed),
+    _aten.native_layer_norm.default: _layer_normed,
     **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar), _paired),
     **dict.fromkeys((_aten.mean.dim, _aten.sum.dim_IntList), _reduced),
     _aten.mm.default: _product,
     _aten.bmm.default: _product,
     _aten.addmm.default: _layer,
 }
+
+
+class Bare(TorchDispatchMode):
+    """Runs every operator without data, also where code makes tensors that have some."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = one_device((args, kwargs or {}))
+        return run_bare(func, args, with_data(func, args, kwargs))
 
 
 def one_device(tree: Any) -> Any:

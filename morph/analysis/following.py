@@ -26,9 +26,12 @@ from morph.analysis.recording import (
 from morph.inputs import plain
 
 Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have after the cut
+Takes = Callable[[Call, Sequence[Any]], bool]  # whether with these arguments an operator takes what it took
 
 
-def follows(model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes) -> bool:
+def follows(
+    model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes, takes: Takes = lambda call, args: True
+) -> bool:
     """Whether a model without data calls one by one what was recorded, each with the shapes and constants expected.
 
     Nothing is written down, which makes this faster than to record the run and to compare. It says no at the first
@@ -39,8 +42,9 @@ def follows(model: nn.Module, inputs: Inputs, recording: Recording, shape: Shape
         inputs: What the recording was made with.
         recording: A run with shapes only, without modules that were recorded as one call.
         shape: The shape expected of each tensor.
+        takes: See `morph.analysis.picking.takes_the_same`.
     """
-    follower = _Follower(recording.calls[: recording.evaluated], shape)
+    follower = _Follower(recording.calls[: recording.evaluated], shape, takes)
     args, kwargs = arguments_of(pytree.tree_map_only(Tensor, without_data, plain(inputs)))
     try:
         with _quick(recording, follower), torch.no_grad(), plain_attention(), follower:
@@ -75,9 +79,9 @@ class _Follower(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # as for the recorder
 
-    def __init__(self, calls: Sequence[Call], shape: Shapes) -> None:
+    def __init__(self, calls: Sequence[Call], shape: Shapes, takes: Takes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls, self.shape = calls, shape
+        self.calls, self.shape, self.takes = calls, shape, takes
         self.at = 0
         self.differs = False  # the model may swallow the error
 
@@ -101,7 +105,7 @@ class _Follower(TorchDispatchMode):
         constants = [value.data for value in call.reads]
         if any(data is not None for data in constants):
             self._compare_constants(constants, (args, kwargs))
-        if floats_in(call.args) != floats_in(args):
+        if floats_in(call.args) != floats_in(args) or not self.takes(call, args):
             self._stop()
         args, kwargs = one_device((args, kwargs))
         output = run_bare(func, args, with_data(func, args, kwargs))

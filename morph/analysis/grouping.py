@@ -31,7 +31,8 @@ def group_units(
         np.add.at(total, of_axis, random)
         for form, (unit, _) in held.items():
             np.add.at(marks, unit, total[form])
-    _, first, kind = np.unique(marks, return_index=True, return_inverse=True)
+    _, kind = np.unique(marks, return_inverse=True)
+    _, first, kind = np.unique(_apart(kind, units), return_index=True, return_inverse=True)
     order = np.argsort(first)
     couplings: dict[str, Coupling] = {}
     numbers: dict[str, Positions] = {}
@@ -66,25 +67,55 @@ def group_units(
     return _with_overlaps(couplings, numbers, units), numbers
 
 
+def _apart(kind: Labels, units: Units) -> Labels:
+    """Kinds of units, ``[units]``, such that no two of a kind share a label.
+
+    Whole heads and the positions inside them lie alike on all axes where there are as many heads as positions in one.
+    """
+    if (np.diff(units.atom) > 0).all():  # sorted by label
+        return kind
+    labels = int(units.atom[-1]) + 1
+    keys, times = np.unique(kind[units.unit] * labels + units.atom, return_counts=True)
+    order = np.argsort(units.unit, kind="stable")
+    held = np.split(units.atom[order], np.searchsorted(units.unit[order], np.arange(1, units.count)))
+    split, new = kind.copy(), int(kind.max()) + 1
+    for k in np.unique(keys[times > 1] // labels).tolist():
+        taken: list[set[int]] = []
+        for unit in np.flatnonzero(kind == k).tolist():
+            own = set(held[unit].tolist())
+            place = next((i for i, others in enumerate(taken) if others.isdisjoint(own)), len(taken))
+            if place == len(taken):
+                taken.append(set())
+            taken[place] |= own
+            split[unit] = new + place - 1 if place else k
+        new += len(taken) - 1
+    return split
+
+
 def _tables(unit: Labels, position: Labels, kind: Labels, own: list[Positions]) -> list[tuple[int, Positions]]:
-    """For each kind of units on an axis, the positions of each unit, a row for each, in the order of their numbers."""
+    """For each kind of units on an axis, the positions of each unit, a row for each, in the order of their numbers.
+
+    A kind of which only some lie there, or some more often than others, has none.
+    """
     if not len(unit):
         return []
     kinds = kind[unit]
-    if (kinds == kinds[0]).all():
-        return [(int(kinds[0]), _table(unit, position, len(own[kinds[0]])))]
+    alike = (kinds == kinds[0]).all()
     found = []
-    for k in np.unique(kinds).tolist():
-        here = kinds == k
-        if here.sum() % len(own[k]) == 0:
-            found.append((k, _table(unit[here], position[here], len(own[k]))))
+    for k in kinds[:1].tolist() if alike else np.unique(kinds).tolist():
+        here = slice(None) if alike else kinds == k
+        table = _table(unit[here], position[here], len(own[k]))
+        if table is not None:
+            found.append((k, table))
     return found
 
 
-def _table(unit: Labels, position: Labels, count: int) -> Positions:
+def _table(unit: Labels, position: Labels, count: int) -> Positions | None:
     if len(unit) == count and (np.diff(unit) > 0).all():
         return position.reshape(count, 1)
     order = np.lexsort((position, unit))
+    if len(unit) % count or (np.diff(unit[order].reshape(count, -1), axis=1) != 0).any():
+        return None
     return position[order].reshape(count, -1)
 
 

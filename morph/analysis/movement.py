@@ -163,6 +163,7 @@ def _with(op: Propagation, tag: Tag, axis: int, labels: np.ndarray) -> Tag:
 def _(op: Propagation, x: Value, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
     tag = op.tag(x)
     at = axis_of(axis, len(tag.axes))
+    op.takes_part(x, tag.axes[at], slice(start, end, step))
     return _with(op, tag, at, tag.axes[at][slice(start, end, step)])
 
 

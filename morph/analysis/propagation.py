@@ -35,6 +35,7 @@ class Propagation:
     fresh_labels: dict[tuple[int, Key], Labels] = field(default_factory=dict)
     groups: dict[int, Labels] = field(default_factory=dict)
     pinned: list[Pinned] = field(default_factory=list)
+    parts: dict[int, dict[int, tuple[int, Labels]]] = field(default_factory=dict)  # see `takes_part`
     number: int = -1
 
     def __post_init__(self) -> None:
@@ -74,6 +75,14 @@ class Propagation:
         if labels.any():
             self.atoms.pin(labels, len(self.pins))
             self.pins.append(Pin(self.number, reason))
+
+    def takes_part(self, x: Value, labels: Labels, part: slice) -> None:
+        """Note that a slice reads a part of an axis of a parameter."""
+        if x.number in self.parts:
+            _, seen = self.parts[x.number].setdefault(id(labels), (self.number, np.zeros(len(labels), bool)))
+            seen[part] = True
+            for output in values_in(self.call.output):  # of which another axis may be sliced
+                self.parts[output.number] = self.parts[x.number]
 
     def freeze_all(self, tree: Any, reason: str) -> None:
         """Pin every label of every tensor in ``tree``."""
@@ -265,6 +274,7 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     used = {v.number for call in recording.calls for v in call.reads}
     wholes = tuple(f"{call.module}." for call in recording.calls if isinstance(call.target, type))
     for name, value in recording.sources.items():
+        state.parts[value.number] = {}
         if not value.floating:  # an index, a mask, a counter, a complex weight
             state.tags[value.number] = state.frozen(value.shape)
             continue
@@ -282,6 +292,11 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
         _apply(state, call, rules)
     for value in [*recording.outputs, *recording.outputs_in_training]:
         state.freeze_all(state.tag(value), "output of the model")
+    for value in recording.sources.values():  # such as a table of positions that longer inputs read on
+        for labels in state.tag(value).axes:
+            if id(labels) in state.parts[value.number]:
+                state.number, seen = state.parts[value.number][id(labels)]
+                state.freeze(labels[~seen], "slices read other positions in this run")
     return state
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from morph.family.candidate import TrialRow
 from morph.family.statistics import Correlation, not_dominated
@@ -63,12 +63,13 @@ def _curves(rows: Sequence[TrialRow], title: str) -> Figure:
         axes.plot(len(row.curve), row.curve[-1], "o", color=colour, markersize=3)
     for i, budget in enumerate(budgets):
         number = sum(row.epochs == budget for row in rows)
-        axes.plot([], [], color=_BY_BUDGET[i % len(_BY_BUDGET)], label=f"ended after {budget} epochs ({number})")
+        axes.plot([], [], color=_BY_BUDGET[i % len(_BY_BUDGET)], label=f"ended after epoch {budget} ({number})")
     axes.set_xlabel("epochs", fontsize=8)
     axes.set_ylabel("accuracy in validation", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7, loc="best")
     return figure
 
 
@@ -140,20 +141,23 @@ def _front(points: Mapping[str, Sequence[Point]], title: str) -> Figure:
     figure, all_axes = _figure(len(points), title, width=3.4)
     for axes, (label, found) in zip(all_axes, points.items(), strict=True):
         best = not_dominated([(point.accuracy, point.cost) for point in found])
+        costs = [point.cost for point in found]
         for point, front in zip(found, best, strict=True):
             colour = _TEACHER if point.teacher else _FRONT if front else _REST
             axes.plot(point.cost, point.accuracy, "s" if point.teacher else "o", color=colour, markersize=5)
+            to_left = point.cost - min(costs) > max(costs) - point.cost  # so that no name leaves the frame
             axes.annotate(
                 point.name,
                 (point.cost, point.accuracy),
-                (3, 3),
+                (-4 if to_left else 4, 4),
                 textcoords="offset points",
+                ha="right" if to_left else "left",
                 fontsize=6,
                 parse_math=False,
             )
         line = sorted((p.cost, p.accuracy) for p, front in zip(found, best, strict=True) if front)
         axes.plot([x for x, _ in line], [y for _, y in line], color=_FRONT, linewidth=0.8, zorder=0)
-        _scale_costs(axes, [point.cost for point in found])
+        _scale_costs(axes, costs)
         axes.set_xlabel(label, fontsize=8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         axes.tick_params(labelsize=7, which="both")
@@ -165,8 +169,11 @@ def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
     """A logarithmic axis for costs of different size, a plain one with few numbers for those that are alike."""
     if costs and 0 < 10 * min(costs) < max(costs):
         axes.set_xscale("log")
-        return
-    axes.xaxis.set_major_locator(MaxNLocator(3))
+        few = (1.0, 3.0) if max(costs) < 1000 * min(costs) else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(subs=few))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 

@@ -6,21 +6,19 @@ Nothing is remembered but the study: what a killed process had done is read from
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from morph.family.budgets import Rung
 from morph.family.candidate import Train
-from morph.family.running import checkpoint_of, train_trial
+from morph.family.running import forget, train_trial
 from morph.family.study import FamilyStudy
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 OnChange = Callable[[], None]
-_DEATHS = 2  # of a process at the same place of a training, after which that is taken to be why
 
 
 def run_rounds(study: FamilyStudy, rounds: int, train: Train, folder: Path, on_change: OnChange = lambda: None) -> None:
@@ -58,7 +56,7 @@ def _run_bracket(
     for rung, following in zip(rungs, (*rungs[1:], None), strict=True):
         for trial in alive:
             if not trial.state.is_finished() and rung.epochs not in trial.intermediate_values:
-                _train(study, trial, rung.epochs, train, folder)
+                train_trial(study, trial, rung.epochs, train, folder)
                 tell()
         names = {trial.number for trial in alive}
         trained = [t for t in _members(study, place) if t.number in names and rung.epochs in t.intermediate_values]
@@ -71,39 +69,13 @@ def _run_bracket(
         tell()
 
 
-def _train(study: FamilyStudy, trial: FrozenTrial, epochs: int, train: Train, folder: Path) -> None:
-    """Train a trial; one that has its process killed, as where memory is short, fails in the end."""
-    checkpoint = checkpoint_of(trial, folder)
-    place = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-    deaths, before = study.storage.get_trial(trial._trial_id).user_attrs.get("deaths", (0, None))
-    deaths = deaths if before == place else 0  # it got further since
-    if deaths >= _DEATHS:
-        study.fail(trial, f"its process was killed {deaths} times, perhaps for want of memory")
-        checkpoint.unlink(missing_ok=True)
-        return
-    with _survived(study, trial, deaths, place):
-        train_trial(study, trial, epochs, train, folder)
-
-
-@contextmanager
-def _survived(study: FamilyStudy, trial: FrozenTrial, deaths: int, place: int | None) -> Iterator[None]:
-    """Leave one death more behind, unless the block is left alive, be it by an error or because it was told to stop."""
-    study.note(trial, deaths=(deaths + 1, place))
-    try:
-        yield
-    finally:
-        if not study.storage.get_trial(trial._trial_id).state.is_finished():
-            study.note(trial, deaths=(deaths, place))
-
-
 def _members(study: FamilyStudy, place: tuple[int, int]) -> list[FrozenTrial]:
     """The trials of one bracket of one round."""
     return [t for t in study.trials() if (t.user_attrs["round"], t.user_attrs["bracket"]) == place]
 
 
 def _end(study: FamilyStudy, trial: FrozenTrial, folder: Path) -> None:
-    """End a trial; the state of one that was stopped is not needed any more."""
+    """End a trial; the state of its training is not needed any more."""
     if not trial.state.is_finished():
         study.finish(trial)
-    if max(trial.intermediate_values) < study.settings.budgets.last:
-        checkpoint_of(trial, folder).unlink(missing_ok=True)
+    forget(trial, folder)

@@ -21,7 +21,8 @@ from morph.family.rounds import run_rounds
 from morph.family.statistics import Correlation, overhead, rank_correlations
 from morph.family.storage import lost_is_said
 from morph.family.study import NAME, FamilyStudy, SearchSettings, importances
-from morph.family.workers import Patience, work
+from morph.family.takeover import Patience
+from morph.family.workers import work
 from morph.zoo.random_graph import Blueprint, Sources
 
 JOURNAL = "study.journal"

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from morph.errors import StorageError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("optuna", "sqlalchemy", "grpc")  # whose errors say that a storage is gone
 _SERVER_WAIT = 20  # seconds
+_WITH_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")  # drivers that take this number
 _GRPC_PORT = 13000  # Optuna's own
 
 
@@ -81,11 +82,34 @@ def open_storage(where: str) -> BaseStorage:
         StorageError: If it cannot be reached or read, or a package for it is missing.
     """
     require_packages()
+    with quiet(), reached(where):
+        if "://" not in where:
+            return _journal(Path(where))
+        return _server(where) if where.startswith("grpc://") else _database(where)
+
+
+def look_into(where: str) -> BaseStorage | None:
+    """Open a storage as `open_storage` does, but make nothing where there is none yet: None then. Errors as there."""
+    require_packages()
+    with quiet(), reached(where):
+        if where.startswith("grpc://"):
+            return _server(where)
+        if "://" in where:
+            return _database(where) if _has_tables(where) else None
+        path = Path(where)
+        _require_place(path)
+        return _journal(path, mend=False) if path.exists() else None
+
+
+@contextmanager
+def reached(where: str) -> Iterator[None]:
+    """Say clearly what is wrong where a storage cannot be opened or read.
+
+    Raises:
+        StorageError: Then.
+    """
     try:
-        with quiet():
-            if "://" not in where:
-                return _journal(Path(where))
-            return _server(where) if where.startswith("grpc://") else _database(where)
+        yield
     except StorageError:
         raise
     except ImportError as error:
@@ -104,7 +128,9 @@ def _shown(where: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    details = getattr(error, "details", None)  # of gRPC, whose errors begin with a line that says nothing
+    text = str(details() if callable(details) else error).strip()
+    return (text or type(error).__name__).splitlines()[0]
 
 
 class _Lock:
@@ -126,25 +152,31 @@ class _Lock:
         os.close(self.handle)
 
 
-def _journal(path: Path) -> BaseStorage:
-    """A file that operations are added to."""
+def _journal(path: Path, *, mend: bool = True) -> BaseStorage:
+    """A file that operations are added to; ``mend`` takes half an operation at its end away."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    if not path.parent.is_dir():
-        raise StorageError(f"{path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise StorageError(f"{path}: is a folder; give the name of a file")
+    _require_place(path)
     lock = _Lock(path)
-    lock.acquire()
-    try:
-        _drop_half_a_line(path)
-    finally:
-        lock.release()
+    if mend:
+        lock.acquire()
+        try:
+            _drop_half_a_line(path)
+        finally:
+            lock.release()
     try:
         return JournalStorage(JournalFileBackend(str(path), cast("BaseJournalFileLock", lock)))
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path}: not the journal of a study: {_first_line(error)}") from error
+
+
+def _require_place(path: Path) -> None:
+    """See that a journal is, or could be, there."""
+    if not path.parent.is_dir():
+        raise StorageError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder; give the name of a file")
 
 
 def _drop_half_a_line(path: Path) -> None:
@@ -165,8 +197,35 @@ def _drop_half_a_line(path: Path) -> None:
 def _database(url: str) -> BaseStorage:
     from optuna.storages import RDBStorage
 
-    # A connection that broke while a network was trained is opened anew.
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    return RDBStorage(url, engine_kwargs=_engine_options(url))
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    """A connection that broke while a network was trained is opened anew, and none is waited for without end."""
+    from sqlalchemy import make_url
+
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    parts = make_url(url)
+    if parts.get_driver_name() in _WITH_TIMEOUT and "connect_timeout" not in parts.query:
+        options["connect_args"] = {"connect_timeout": _SERVER_WAIT}
+    return options
+
+
+def _has_tables(url: str) -> bool:
+    """Whether a database holds anything of Optuna's; it must be there, but for a file that could be made."""
+    from sqlalchemy import create_engine, inspect, make_url
+
+    parts = make_url(url)
+    if parts.get_backend_name() == "sqlite" and parts.database and not Path(parts.database).exists():
+        folder = Path(parts.database).absolute().parent
+        if not folder.is_dir():
+            raise StorageError(f"{url}: the folder {folder} does not exist")
+        return False
+    engine = create_engine(url, **_engine_options(url))
+    try:
+        return inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
 
 
 def _server(where: str) -> BaseStorage:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from morph.errors import SearchStateError, StorageError
+from morph.errors import SearchStateError
 from morph.family.budgets import Budgets
 from morph.family.candidate import TEACHING, Candidate, Outcome, TrialRow
 from morph.family.generator import Task
 from morph.family.settings import ALLOWED, RANGES, FamilySettings, Range, checked_range
-from morph.family.storage import open_storage, quiet, require_packages
+from morph.family.storage import look_into, open_storage, quiet, reached, require_packages
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -75,6 +75,26 @@ class SearchSettings:
         return dict(json.loads(json.dumps(plain)))
 
 
+def require_fitting(where: str, settings: SearchSettings, *, name: str = NAME) -> None:
+    """See that a study could be begun or gone on with, and write nothing.
+
+    Args:
+        where: As `FamilyStudy`.
+        settings: Likewise.
+        name: Likewise.
+
+    Raises:
+        StorageError: As there.
+        SearchStateError: Likewise.
+    """
+    storage = look_into(where)
+    with reached(where):
+        studies = storage.get_all_studies() if storage else []
+    for study in studies:
+        if study.study_name == name and _SETTINGS in study.user_attrs:
+            _require_same(study.user_attrs[_SETTINGS], settings.to_json(), where)
+
+
 class FamilyStudy:
     """One study in its storage. Every change is written at once, so that a process may be killed at any moment.
 
@@ -125,7 +145,7 @@ class FamilyStudy:
                 seed=first, multivariate=True, n_startup_trials=_STARTUP, constant_liar=True
             )
             copied = optuna.create_study(direction="maximize", sampler=sampler)
-            copied.add_trials([t for t in trials if t.state != optuna.trial.TrialState.FAIL])
+            copied.add_trials([_as_stopped(t) for t in trials if t.state != optuna.trial.TrialState.FAIL])
             found = copied.ask(self._distributions).params
         family = FamilySettings(**{name: found[name] for name in RANGES})
         return Candidate(family, second, found.get("temperature"), found.get("weight"))
@@ -162,6 +182,18 @@ class FamilyStudy:
         state = TrialState.COMPLETE if last == self.settings.budgets.last else TrialState.PRUNED
         self.storage.set_trial_state_values(trial._trial_id, state, [values[last]])
 
+    def pause(self, trial: FrozenTrial) -> None:
+        """Let a trial wait, for anybody to `claim` it."""
+        from optuna.trial import TrialState
+
+        self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    def claim(self, trial: FrozenTrial) -> bool:
+        """Let a trial that waits run again; false where another process has done so."""
+        from optuna.trial import TrialState
+
+        return self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+
     def fail(self, trial: FrozenTrial, reason: str) -> None:
         """End a trial that could not be trained."""
         from optuna.trial import TrialState
@@ -170,10 +202,21 @@ class FamilyStudy:
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
+def _as_stopped(trial: FrozenTrial) -> FrozenTrial:
+    """A trial that waits as one that was stopped, which it is as far as is known; others as they are."""
+    from optuna.trial import TrialState
+
+    if trial.state == TrialState.WAITING:
+        trial.values = [trial.intermediate_values[max(trial.intermediate_values)]]
+        trial.state = TrialState.PRUNED
+        trial.datetime_complete = trial.datetime_start
+    return trial
+
+
 def row_of(trial: FrozenTrial) -> TrialRow:
     """A trial as plain values."""
     attributes = trial.user_attrs
-    states = {"RUNNING": "running", "PRUNED": "stopped", "COMPLETE": "complete", "FAIL": "failed"}
+    states = {"RUNNING": "running", "WAITING": "stopped", "PRUNED": "stopped", "COMPLETE": "complete", "FAIL": "failed"}
     return TrialRow(
         number=trial.number,
         candidate=candidate_of(trial),
@@ -238,12 +281,8 @@ def _distributions(searched: Mapping[str, Range]) -> dict[str, BaseDistribution]
 def _open_study(storage: BaseStorage, name: str, where: str) -> Study:
     import optuna
 
-    try:
-        with quiet():
-            return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    except Exception as error:  # whatever the storage raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"{where}: the study {name!r} cannot be opened: {first}") from error
+    with quiet(), reached(where):
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
 
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:

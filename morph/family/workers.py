@@ -1,46 +1,29 @@
 """Asynchronous search: workers that share nothing but the study; one that dies loses no trial.
 
-Each trial is trained from budget to budget and goes on while it is among the best of one in eta that have reached that
-budget so far (successive halving without waiting: Li et al., "A System for Massively Parallel Hyperparameter Tuning",
-MLSys 2020; a trial that was stopped is not taken up when others turn out worse). A worker writes the time beside its
-trial; where that is too old, another worker takes the trial up from its last state.
+A worker takes what it finds first: a trial whose worker is gone, a trial that waits and may go on, a new one. It trains
+from budget to budget while that is among the best (`morph.family.halving`), and then lets it wait for others to judge.
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from morph.errors import StorageError
 from morph.family.candidate import Train
-from morph.family.running import checkpoint_of, train_trial
+from morph.family.halving import Halving, bracket_of, bracket_order
+from morph.family.running import forget, train_trial
 from morph.family.storage import lost_is_said
-from morph.family.study import FamilyStudy, candidate_of
+from morph.family.study import FamilyStudy
+from morph.family.takeover import Patience, Watch, discard, given_back, new_mark, signs_of_life, take_up
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _LOOK = 2.0  # seconds between two looks at what the other workers do
-_ATTEMPTS = 3  # a trial whose workers died so often is taken to be why
-
-
-@dataclass(frozen=True)
-class Patience:
-    """When a worker counts as dead. Clocks of several machines must agree to within the difference of both.
-
-    Attributes:
-        beat: Seconds between two signs of life.
-        limit: Seconds without one after which its trial is taken up.
-    """
-
-    beat: float = 30.0
-    limit: float = 180.0
 
 
 def work(
@@ -70,11 +53,11 @@ def work(
     """
     from optuna.exceptions import UpdateFinishedTrialError
 
-    waits = patience or Patience()
+    worker = _Worker(study, configurations, train, folder, patience or Patience(), on_change, should_stop)
     while True:
         try:
             with lost_is_said():
-                if not _work_once(study, configurations, train, folder, waits, on_change, should_stop):
+                if not worker.work_once():
                     return
         except StorageError as error:
             if not isinstance(error.__cause__, UpdateFinishedTrialError):
@@ -82,140 +65,106 @@ def work(
             on_change()  # this process stood still, and another one has taken the trial up
 
 
-def _work_once(
-    study: FamilyStudy,
-    configurations: int,
-    train: Train,
-    folder: Path,
-    waits: Patience,
-    on_change: Callable[[], None],
-    should_stop: Callable[[], bool],
-) -> bool:
-    """Train one trial, or wait a moment for those of others; false where all are done."""
-    trial = _take_up(study, waits) or _begin(study, configurations)
-    if trial is None:
-        if not any(other.state.name == "RUNNING" for other in study.trials()):
+class _Worker:
+    """The state of `work`, whose arguments it has."""
+
+    def __init__(
+        self,
+        study: FamilyStudy,
+        configurations: int,
+        train: Train,
+        folder: Path,
+        patience: Patience,
+        on_change: Callable[[], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.study, self.configurations, self.train, self.folder = study, configurations, train, folder
+        self.patience, self.on_change, self.should_stop = patience, on_change, should_stop
+        self.watch = Watch(patience.limit)
+
+    def work_once(self) -> bool:
+        """Train one trial, or wait a moment for those of others; false where all are done."""
+        trial = take_up(self.study, self.watch) or self.promote() or self.begin()
+        if trial is None:
+            if any(other.state.name == "RUNNING" for other in self.study.trials()):
+                if self.should_stop():
+                    raise KeyboardInterrupt
+                time.sleep(min(self.patience.beat, _LOOK))
+                return True
+            self.tidy()
             return False
-        if should_stop():
-            raise KeyboardInterrupt
-        time.sleep(min(waits.beat, _LOOK))
+        self.on_change()
+        with signs_of_life(self.study, trial, self.patience.beat), given_back(self.study, trial):
+            self.train_through(trial)
+        self.end_hopeless()
+        self.on_change()
         return True
-    on_change()
-    with _signs_of_life(study, trial, waits.beat), _given_back(study, trial):
-        _train_through(study, trial, train, folder, on_change)
-    return True
 
+    def halving(self) -> Halving:
+        """The trials as they stand."""
+        return Halving(self.study.settings.budgets, self.configurations, self.study.trials())
 
-def _begin(study: FamilyStudy, configurations: int) -> FrozenTrial | None:
-    """A new trial, if one is missing."""
-    if len(study.trials()) >= configurations:
+    def promote(self) -> FrozenTrial | None:
+        """A trial that waits and may go on, if there is one.
+
+        Where two ask for it in the same moment, some storages give it to both; that costs time alone, as both train it
+        alike.
+        """
+        for trial in self.halving().promotable():
+            self.study.note(trial, beat=new_mark())  # before it runs, so that nobody takes it for one that is dead
+            if self.study.claim(trial):
+                return self.study.storage.get_trial(trial._trial_id)
         return None
-    begun = time.perf_counter()
-    candidate = study.propose([secrets.randbits(32)])  # two workers that ask at once shall not get the same
-    trial = study.add(candidate, key=secrets.token_hex(8), beat=time.time(), overhead=time.perf_counter() - begun)
-    place = [other.number for other in study.trials()].index(trial.number)
-    if place >= configurations:  # another worker was faster
-        _discard(study, trial)
-        return None
-    study.note(trial, bracket=_bracket(study, place))
-    return study.storage.get_trial(trial._trial_id)
 
+    def begin(self) -> FrozenTrial | None:
+        """A new trial, if one is missing."""
+        study = self.study
+        if len(study.trials()) >= self.configurations:
+            return None
+        begun = time.perf_counter()
+        candidate = study.propose([secrets.randbits(32)])  # two workers that ask at once shall not get the same
+        trial = study.add(
+            candidate, key=secrets.token_hex(8), beat=new_mark(), overhead=time.perf_counter() - begun
+        )  # fmt: skip
+        place = [other.number for other in study.trials()].index(trial.number)
+        if place >= self.configurations:  # another worker was faster
+            discard(study, trial)
+            return None
+        order = bracket_order(study.settings.budgets)
+        study.note(trial, bracket=order[place % len(order)])
+        return study.storage.get_trial(trial._trial_id)
 
-def _bracket(study: FamilyStudy, place: int) -> int:
-    """Brackets follow one another as in the rounds of a synchronous search."""
-    order = [b for b, rungs in enumerate(study.settings.budgets.brackets()) for _ in range(rungs[0].configurations)]
-    return order[place % len(order)]
-
-
-def _take_up(study: FamilyStudy, patience: Patience) -> FrozenTrial | None:
-    """Take up a trial whose worker is gone, or give it up where that happened too often.
-
-    A copy that runs is added first, and the old trial ended then: whoever ends it has it. Where a process dies between,
-    both are old later, and the same happens with both.
-    """
-    for trial in study.trials():
-        if trial.state.name != "RUNNING" or time.time() - trial.user_attrs["beat"] < patience.limit:
-            continue
-        attempts = trial.user_attrs.get("attempts", 1)
-        if attempts >= _ATTEMPTS:
-            _end(study, trial, reason=f"its worker died {attempts} times")
-            continue
-        copied = study.add(candidate_of(trial), **{**trial.user_attrs, "beat": time.time(), "attempts": attempts + 1})
-        for epochs, accuracy in sorted(trial.intermediate_values.items()):
-            study.storage.set_trial_intermediate_value(copied._trial_id, epochs, accuracy)
-        if _end(study, trial, surplus=f"taken up as {copied.number}"):
-            return study.storage.get_trial(copied._trial_id)
-        _discard(study, copied)
-    return None
-
-
-def _end(study: FamilyStudy, trial: FrozenTrial, **attributes: Any) -> bool:
-    """Fail a trial with a note; false where another process has ended it."""
-    from optuna.exceptions import UpdateFinishedTrialError
-    from optuna.trial import TrialState
-
-    try:
-        study.note(trial, **attributes)
-        return study.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
-
-
-def _discard(study: FamilyStudy, trial: FrozenTrial) -> None:
-    """End a trial that stands for another one."""
-    _end(study, trial, surplus="not needed")
-
-
-def _train_through(
-    study: FamilyStudy, trial: FrozenTrial, train: Train, folder: Path, tell: Callable[[], None]
-) -> None:
-    """Train from budget to budget while it is good enough."""
-    budgets = study.settings.budgets
-    for epochs in budgets.epochs[trial.user_attrs.get("bracket", 0) :]:
-        known = trial.intermediate_values.get(epochs)
-        if known is None:
-            outcome = train_trial(study, trial, epochs, train, folder)
-            tell()
-            if outcome is None:
-                return
-            known = outcome.accuracy
-        others = [t.intermediate_values[epochs] for t in study.trials() if epochs in t.intermediate_values]
-        better = sum(value > known for value in others)
-        if epochs == budgets.last or better >= max(1, budgets.kept(len(others))):
-            break
-    study.finish(trial)
-    if epochs < budgets.last:
-        checkpoint_of(trial, folder).unlink(missing_ok=True)
-    tell()
-
-
-@contextmanager
-def _given_back(study: FamilyStudy, trial: FrozenTrial) -> Iterator[None]:
-    """Let others take a trial up at once where this worker stops because it was told to, or may not go on."""
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # the error itself is what counts; a trial that stays behind is found by its age
-            study.note(trial, beat=0.0, attempts=trial.user_attrs.get("attempts", 1) - 1)
-        raise
-
-
-@contextmanager
-def _signs_of_life(study: FamilyStudy, trial: FrozenTrial, every: float) -> Iterator[None]:
-    """Write the time beside a trial while the block runs."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(every):
-            try:
-                study.note(trial, beat=time.time())
-            except Exception:  # the block itself meets whatever is wrong with the storage
+    def train_through(self, trial: FrozenTrial) -> None:
+        """Train from budget to budget while it is good enough; then it waits, or ends."""
+        budgets = self.study.settings.budgets
+        for epochs in budgets.epochs[bracket_of(trial) :]:
+            if epochs not in trial.intermediate_values:
+                outcome = train_trial(self.study, trial, epochs, self.train, self.folder)
+                self.on_change()
+                if outcome is None:
+                    return
+                trial = self.study.storage.get_trial(trial._trial_id)
+            if epochs == budgets.last:
+                self.end(trial)
+            elif epochs == max(trial.intermediate_values) and not self.halving().goes_on(trial):
+                self.study.pause(trial)
                 return
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    def end_hopeless(self) -> None:
+        """End the trials that wait and can never be among the best any more."""
+        halving = self.halving()
+        for trial in halving.waiting():
+            if not halving.has_chance(trial):
+                self.end(trial)
+
+    def end(self, trial: FrozenTrial) -> None:
+        """End a trial; the state of its training is not needed any more."""
+        self.study.finish(trial)
+        forget(trial, self.folder)
+
+    def tidy(self) -> None:
+        """End what still waits when all is done, and remove what is left in this folder of trials that others ended."""
+        for trial in self.study.trials():
+            if trial.state.name == "WAITING":
+                self.study.finish(trial)
+            forget(trial, self.folder)

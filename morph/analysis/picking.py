@@ -1,0 +1,80 @@
+"""Whether a run of a cut model takes by number the positions that the run before took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from morph.analysis.atoms import Labels
+from morph.analysis.propagation import Propagation
+from morph.analysis.recording import Call
+from morph.analysis.table import axis_of
+
+_aten = torch.ops.aten
+_BY_NUMBER = {_aten.roll.default, _aten.select.int, _aten.tril.default, _aten.triu.default, _aten.diagonal.default}
+
+
+def takes_the_same(call: Call, args: Sequence[Any], state: Propagation, times: Labels) -> bool:
+    """Whether an operator that takes positions by number takes those that it took before; shapes do not tell.
+
+    Args:
+        call: As it was recorded.
+        args: What the operator is called with now.
+        state: The labels of the recording.
+        times: For each label how often it is there now.
+    """
+    if call.target in _BY_NUMBER:
+        return list(call.args[1:]) == list(args[1:])
+    if call.target is not _aten.slice.Tensor:
+        return True
+    axes = state.tag(call.args[0]).axes
+    labels = axes[axis_of(call.args[1] if len(call.args) > 1 else 0, len(axes))]
+    return same_slice(labels, times, slice(*_bounds(call.args)), slice(*_bounds(args)))
+
+
+def same_slice(labels: Labels, times: Labels, before: slice, now: slice) -> bool:
+    """Whether a slice of an axis takes what another took before some of its positions were cut or copied.
+
+    Args:
+        labels: Of the axis before.
+        times: For each label how often it is there now; copies lie beside each other.
+        before: In positions of the axis before.
+        now: In those of the axis now.
+    """
+    old = range(len(labels))[before]
+    count = times[labels] if len(labels) > 1 else np.ones(len(labels), np.int64)
+    if (count == 1).all():
+        return old == range(len(labels))[now]
+    there = np.repeat(np.arange(len(labels)), count)
+    wanted = np.arange(len(labels))[before]
+    return np.array_equal(there[now], np.repeat(wanted, count[wanted]))
+
+
+def _bounds(args: Sequence[Any]) -> tuple[int | None, int | None, int]:
+    """Start, end and step of a slice."""
+    given = dict(enumerate(args))
+    return given.get(2), given.get(3), given.get(4, 1)
+
+
+def same_index(axes: Sequence[Labels], times: Labels, before: Any, now: Any) -> bool:
+    """Whether ``x[now]`` takes from a tensor that was cut what ``x[before]`` took; only slices are compared.
+
+    Args:
+        axes: The labels of the tensor before, axis by axis.
+        times: For each label how often it is there now.
+        before: What stood between the brackets.
+        now: What stands there now.
+    """
+    old, new = (list(i) if isinstance(i, tuple) else [i] for i in (before, now))
+    named = [i for i in old if i is not None and i is not Ellipsis]
+    if len(old) != len(new) or any(isinstance(i, torch.Tensor) for i in old):
+        return True
+    axis = 0
+    for one, other in zip(old, new, strict=True):
+        if isinstance(one, slice) and not same_slice(axes[axis], times, one, other):
+            return False
+        axis += len(axes) - len(named) if one is Ellipsis else one is not None
+    return True
