@@ -34,6 +34,7 @@ from morph.augmentation import Augmented
 from morph.fresh_weights import reinitialise
 from morph.images import LabelledImages
 from morph.search_losses import DistillationLoss
+from morph.search_options import SearchOptions
 from morph.zoo import build
 
 TEACHER, SHARE = "densenet-bc-22-12", 0.3
@@ -193,6 +194,29 @@ def train(
     return statistics.mean(last[-100:])
 
 
+def sweeps(lines: list[Job]) -> Job:
+    """Errors over one number of the search, the rest as it is (Gu and Tresp, figures 4 and 6); one seed.
+
+    With the number that the searches of the table have, and the correlation of number and error.
+    """
+    usual = {"lambda2": SearchOptions().lambda2, "kl0": SearchOptions().kl0}
+    plain = [
+        line for line in lines if line["way"] == "kd-weighted" and line["seed"] == 0 and line["weights"] == "fresh"
+    ]
+    found: Job = {}
+    for name, default in usual.items():
+        rows = sorted(
+            (line["options"].get(name, default), line["error"], line["forced"], line["kl"])
+            for line in plain
+            if line["options"].keys() <= {name}
+        )
+        fields = (name, "error", "forced", "kl")
+        found[name] = {"rows": [dict(zip(fields, row, strict=True)) for row in rows]}
+        if len(rows) > 2:
+            found[name]["correlation"] = statistics.correlation(*zip(*((row[0], row[1]) for row in rows), strict=True))
+    return found
+
+
 def summary(bench: Bench) -> None:
     """Write means and deviations, and draw them."""
     lines = [
@@ -220,7 +244,7 @@ def summary(bench: Bench) -> None:
         "data": f"CIFAR-10 at 16x16: teacher {TEACHER_ROUNDS} rounds of 50,000; search {SEARCH_ROUNDS} and students "
         f"{STUDENT_ROUNDS} rounds of {IMAGES:,}; tested on 10,000",
     }
-    path = save("gated_students", {**facts, "table": table, "runs": lines})
+    path = save("gated_students", {**facts, "table": table, "sweeps": sweeps(lines), "runs": lines})
     draw(table, lines, path.parent.parent / "pictures" / "gated_students.png")
     print(json.dumps(table, indent=1), path, sep="\n")
 
