@@ -244,8 +244,9 @@ def summary(bench: Bench) -> None:
         "data": f"CIFAR-10 at 16x16: teacher {TEACHER_ROUNDS} rounds of 50,000; search {SEARCH_ROUNDS} and students "
         f"{STUDENT_ROUNDS} rounds of {IMAGES:,}; tested on 10,000",
     }
-    path = save("gated_students", {**facts, "table": table, "sweeps": sweeps(lines), "runs": lines})
-    draw(table, lines, path.parent.parent / "pictures" / "gated_students.png")
+    varied = sweeps(lines)
+    path = save("gated_students", {**facts, "table": table, "sweeps": varied, "runs": lines})
+    draw(table, varied, lines, path.parent.parent / "pictures" / "gated_students.png")
     print(json.dumps(table, indent=1), path, sep="\n")
 
 

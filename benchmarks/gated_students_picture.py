@@ -9,15 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Rows = Mapping[str, Mapping[str, Any]]
 
-def draw(table: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Means as bars and seeds as points; below, error against the penalty and against kl0 where that was varied."""
-    varied = {
-        option: sorted((r["options"][option], 100 * r["error"]) for r in lines if option in r["options"])
-        for option in ("lambda2", "kl0")
-    }
-    figure = Figure(figsize=(11, 4.2) if any(varied.values()) else (7.5, 3.6), layout="constrained")
-    bars = figure.add_subplot(1, 2 if any(varied.values()) else 1, 1)
+
+def draw(table: Rows, sweeps: Rows, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Means as bars and seeds as points; beside them, error against the penalty and against kl0."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    bars, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2] + [1] * len(sweeps))
     names = list(table)
     bars.barh(names, [100 * table[n]["error_mean"] for n in names], color="#9db8d9")
     for row, name in enumerate(names):
@@ -26,19 +24,18 @@ def draw(table: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, An
     bars.invert_yaxis()
     lowest = min(100 * r["error"] for r in lines)
     bars.set_xlim(left=max(0.0, lowest - 3))
-    bars.set_xlabel("test error, % (each seed a point; the axis does not begin at zero)")
-    if any(varied.values()):
-        _sweeps(figure.add_subplot(1, 2, 2), varied)
+    bars.set_xlabel("test error, % (a point for each seed; does not begin at zero)")
+    for axes, (name, sweep) in zip(others, sweeps.items(), strict=True):
+        _sweep(axes, name, [(row[name], 100 * row["error"]) for row in sweep["rows"]])
+        axes.sharey(others[0])
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def _sweeps(axes: Axes, varied: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Error against a number of the search."""
-    for (option, points), mark in zip(varied.items(), ("o-", "s--"), strict=True):
-        if points:
-            axes.plot(*zip(*points, strict=True), mark, label=option)
-    axes.set_xscale("log")
-    axes.set_xlabel("value of the number that is varied (kd-weighted, seed 0)")
+def _sweep(axes: Axes, name: str, points: Sequence[tuple[float, float]]) -> None:
+    """Error against one number of the search."""
+    axes.plot(*zip(*points, strict=True), "o-", markersize=5)
+    if all(value > 0 for value, _ in points):
+        axes.set_xscale("log")
+    axes.set_xlabel(f"{name} (kd-weighted, seed 0)")
     axes.set_ylabel("test error, %")
-    axes.legend()
