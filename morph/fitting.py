@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,20 +101,16 @@ class Fitter:
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
-            best, reached = None, misfit
-            for key, more in self._candidates(misfit, chosen, times):
+            for key, trial in self._candidates(misfit, chosen, times):
                 if key in tried:
                     continue
                 tried.add(key)
-                found = self._try(edits, [*chosen, *more], times)
-                if found is None or found.call > reached.call:
-                    best = (more, found)
-                    if found is None or found.module not in {e.module for e in more}:
-                        break
-                    reached = found  # still in a module that was changed: perhaps too much was
-            if best is None:
+                found = self._try(edits, trial, times)
+                if found is None or found.call > misfit.call:
+                    chosen, misfit = trial, found
+                    break
+            else:
                 break
-            chosen, misfit = [*chosen, *best[0]], best[1]
         return Fit(tuple(chosen), misfit)
 
     def groups(self, times: Labels) -> list[SetAttribute]:
@@ -215,18 +212,25 @@ class Fitter:
         return tuple([length_of(labels, times, known) for labels in self.analysis.state.tag(value).axes])
 
     def _candidates(
-        self, misfit: Misfit, chosen: Sequence[SizeEdit], times: Labels
-    ) -> Iterator[tuple[tuple[type, str], list[SetAttribute]]]:
-        """Attributes near a misfit that hold an old size, with the new one, for every module of that class."""
+        self, misfit: Misfit, chosen: list[SizeEdit], times: Labels
+    ) -> Iterator[tuple[tuple[type, str], list[SizeEdit]]]:
+        """Other attributes to set, with a name for each try.
+
+        First without one that was set in the module of a misfit, since a number may be a width by chance; then with
+        more near it that hold an old size, for every module of that class.
+        """
         done = {(e.module, e.attribute) for e in chosen if isinstance(e, SetAttribute)}
         free = {e.module for e in chosen if isinstance(e, FreeAttention)}
         modules = dict(named_modules(self.base, remove_duplicate=False))
+        for wrong in [e for e in chosen if isinstance(e, SetAttribute) and e.module == misfit.module]:
+            rest = [e for e in chosen if not _alike(e, wrong)]
+            yield (type(modules[wrong.module]), f"without {_numberless(wrong.module)}.{wrong.attribute}"), rest
         sizes = self._sizes(times)
         path = misfit.module
         while True:
             module = modules.get(path)
             names = _whole_attributes(module) if module is not None else []
-            for some in dict.fromkeys([tuple(names), *_without_one(names), *((n,) for n in names)]):
+            for some in [names, *([n] for n in names)]:
                 more = []
                 for other, same in modules.items():
                     for attribute in some if type(same) is type(module) else ():
@@ -235,7 +239,7 @@ class Fitter:
                         if new is not None and new != old and (other, attribute) not in done and other not in free:
                             more.append(SetAttribute(other, attribute, old, new))
                 if any(e.module == path for e in more):
-                    yield (type(module), " ".join(some)), more
+                    yield (type(module), " ".join(some)), [*chosen, *more]
             if not path:
                 return
             path = path.rpartition(".")[0]
@@ -299,9 +303,16 @@ def _same_step(expected: Sequence[Call], at: int, new: Call) -> int:
     return at
 
 
-def _without_one(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All names but one, for each of them."""
-    return [tuple(n for n in names if n != left) for left in names] if len(names) > 1 else []
+def _alike(edit: SizeEdit, other: SetAttribute) -> bool:
+    """Whether both set an attribute of one name in modules whose paths differ in numbers alone."""
+    if not isinstance(edit, SetAttribute) or edit.attribute != other.attribute:
+        return False
+    return _numberless(edit.module) == _numberless(other.module)
+
+
+def _numberless(path: str) -> str:
+    """A path with its numbers left out."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _whole_attributes(module: nn.Module) -> list[str]:

@@ -79,6 +79,40 @@ def test_a_number_that_happens_to_be_a_width_is_left_alone(verify):
     assert torch.equal(again.model(x), half.model(x))
 
 
+class Made(nn.Module):
+    """A layer that keeps how many channels it makes, as GPT-2's do."""
+
+    def __init__(self, read: int, made: int) -> None:
+        super().__init__()
+        self.made = made
+        self.weight, self.bias = nn.Parameter(torch.empty(read, made)), nn.Parameter(torch.empty(made))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.made)
+
+
+class Square(nn.Module):
+    """A block whose last layer reads as many channels as it makes: one number, of which one meaning is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inner, self.last, self.out = nn.Linear(7, 12), Made(12, 12), Made(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.out(x + self.last(torch.tanh(self.inner(x))))
+
+
+def test_a_number_with_two_meanings_follows_the_right_one():
+    model, x = draw(Square()), torch.randn(2, 3, 7, dtype=torch.float64)
+    hidden = next(c.name for c in analyse(model, x).couplings.values() if "inner" in c.name)
+    half = prune(model, x, ratios={hidden: 0.5}, ratio=1e-4, ranking="local")
+    assert half.record.details["form"] == "class"
+    assert (half.model.inner.made, half.model.last.made) == (6, 12)
+    assert half.record.checks[0].relative < 1e-13
+    assert not half.record.details["left"]
+
+
 def test_positions_that_slices_pass_over_stay():
     model, x = draw(Relative(11)), torch.randn(2, 3, 7, dtype=torch.float64)
     analysis = analyse(model, x)
