@@ -209,7 +209,7 @@ class Fitter:
         if self.lengths is None or self.lengths[0] is not times:
             self.lengths = (times, {})
         known = self.lengths[1]
-        return tuple([length_of(labels, times, known) for labels in self.analysis.state.tag(value).axes])
+        return tuple([length_of(roots, times, known) for roots in self.analysis.roots(value)])
 
     def _candidates(
         self, misfit: Misfit, chosen: list[SizeEdit], times: Labels
@@ -268,7 +268,7 @@ class Fitter:
 def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
     """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
     found: dict[str, SetAttribute] = {}
-    modules = dict(named_modules(base, remove_duplicate=False))
+    modules = dict(named_modules(base, remove_duplicate=False)) if analysis.state.groups else {}
     for number, labels in analysis.state.groups.items():
         path = analysis.recording.calls[number].module
         module = modules.get(path)

@@ -69,7 +69,7 @@ def free_attention(model: nn.Module, edits: Sequence[FreeAttention]) -> None:
 
     A `torch.nn.TransformerEncoder` around it gives up nested tensors, which only torch's fused kernel can take.
     """
-    modules = dict(named_modules(model, remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False)) if edits else {}
     known = _classes()
     for edit in edits:
         module: Any = modules.get(edit.module)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from morph.analysis import Analysis, Sizes, analyse
-from morph.analysis.recording import Inputs, arguments_of, tensors_of
+from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
 from morph.errors import ProbeError, TargetError
@@ -286,7 +286,7 @@ def _per_sample(sizes: Sizes, batch: int) -> Sizes:
 
 def on_meta(model: nn.Module) -> bool:
     """Whether a parameter has no data."""
-    return any(p.device.type == "meta" for p in model.parameters())
+    return any(p.is_meta for _, p in named_tensors(model, ("_parameters",)))
 
 
 def require_values(model: nn.Module, score: Score) -> None:

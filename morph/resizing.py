@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.atoms import Labels
 from morph.analysis.recording import named_modules, named_tensors
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
@@ -38,7 +38,7 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
     except Exception as error:
         raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
     new = {id(t) for t in fresh.values()}
-    for module in result.modules():
+    for _, module in named_modules(result):
         if any(id(t) in new for t in [*module._parameters.values(), *module._buffers.values()]):
             _tell(module)
     return result
@@ -47,7 +47,7 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
 def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
     """Resize the tensors of a copy of our own, in place; errors as for `resized`."""
     fresh = _new_tensors(model, edits)
-    for module in model.modules():
+    for _, module in named_modules(model):
         holders: list[dict[str, Any]] = [module._parameters, module._buffers]
         changed = [(holder, name) for holder in holders for name, t in holder.items() if id(t) in fresh]
         for holder, name in changed:
@@ -59,10 +59,10 @@ def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
 def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]:
     """The resized tensor for each tensor, by the identity of the old one."""
     tensors = dict(named_tensors(model))
-    indices: dict[int, Labels] = {}  # most edits share theirs
+    indices: dict[int, Tensor] = {}  # most edits share theirs
     for edit in edits:
         if id(edit.index) not in indices:
-            indices[id(edit.index)] = np.array(edit.index, np.int64)
+            indices[id(edit.index)] = positions(edit)
     _check_fit(tensors, edits, indices)
     by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
     for edit in edits:
@@ -79,23 +79,29 @@ def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]
     return fresh
 
 
-def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Labels] | None = None) -> Tensor:
+def positions(edit: Resize) -> Tensor:
+    """The old positions that stay, on the CPU."""
+    return torch.from_numpy(np.array(edit.index, np.int64))
+
+
+def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor] | None = None) -> Tensor:
     """Apply the edits of one tensor, axis by axis; the memory layout stays.
 
     Args:
         tensor: Not touched.
         edits: Not two of one axis.
-        indices: The index of each edit as an array, by its identity, if they are at hand.
+        indices: The `positions` of each edit, by the identity of its index, if they are at hand.
     """
     if tensor.is_meta:
         shape = list(tensor.shape)
         for edit in edits:
             shape[edit.axis] = len(edit.index)
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
-    result = tensor
+    known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
+    if tensor.device.type != "cpu":
+        known = {axis: index.to(tensor.device) for axis, index in known.items()}
+    result = _selected(tensor, known)
     for edit in edits:
-        known = indices[id(edit.index)] if indices is not None else np.array(edit.index, np.int64)
-        result = result.index_select(edit.axis, torch.from_numpy(known).to(tensor.device))
         if edit.scale:
             scale = torch.tensor(edit.scale, dtype=torch.float64, device=tensor.device)
             shaped = scale.reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
@@ -105,13 +111,40 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Labels
     return result.contiguous()
 
 
+_AT_ONCE = 2**16  # values that stay in the cache of a processor between one axis and the next
+
+
+def _selected(tensor: Tensor, indices: Mapping[int, Tensor]) -> Tensor:
+    """Positions of several axes, some rows of the first axis at a time: no second copy is made on the way."""
+    if len(indices) == 1 or tensor.numel() < _AT_ONCE:
+        for axis, index in indices.items():
+            tensor = tensor.index_select(axis, index)
+        return tensor
+    rows = indices.get(0)
+    others = {axis: index for axis, index in indices.items() if axis}
+    shape = [len(indices[axis]) if axis in indices else n for axis, n in enumerate(tensor.shape)]
+    result = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    step = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, shape[0], step):
+        stop = start + step
+        part = tensor[start:stop] if rows is None else tensor.index_select(0, rows[start:stop])
+        for axis, index in others.items():
+            after = part.shape[axis + 1 :]
+            if math.prod(after) == 1:  # faster as the last axis
+                part = part.flatten(axis).index_select(axis, index).reshape(*part.shape[:axis], len(index), *after)
+            else:
+                part = part.index_select(axis, index)
+        result[start:stop] = part
+    return result
+
+
 def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
     """Give modules their new sizes, in place.
 
     Raises:
         PlanMismatchError: If a module or its attribute is not what the plan was made for.
     """
-    modules = dict(named_modules(model, remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False)) if edits else {}
     for edit in edits:
         module = modules.get(edit.module)
         present = getattr(module, edit.attribute, None)
@@ -141,11 +174,11 @@ def set_config(model: nn.Module, edits: Sequence[SetConfig]) -> None:
         setattr(owner, name, edit.new)
 
 
-def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Mapping[int, Labels]) -> None:
+def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Mapping[int, Tensor]) -> None:
     """Compare what the edits expect with what the model has."""
     wrong = []
     done = 0
-    highest = {key: int(index.max(initial=-1)) for key, index in indices.items()}
+    highest = {key: int(index.numpy().max(initial=-1)) for key, index in indices.items()}
     for edit in edits:
         tensor = tensors.get(edit.tensor)
         size = tensor.shape[edit.axis] if tensor is not None and edit.axis < tensor.dim() else None
@@ -182,15 +215,16 @@ def _tell(module: nn.Module) -> None:
     shape = weight.shape
     if isinstance(module, _ConvNd):
         if isinstance(module, _ConvTransposeNd):
-            module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
+            sizes = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
         else:
-            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+            sizes = {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+        vars(module).update(sizes)  # they are plain numbers; a module looks at whatever else is set
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape[0], shape[1]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(shape)
     elif isinstance(module, _NormBase):
-        module.num_features = shape[0]
+        vars(module)["num_features"] = shape[0]
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = shape[0]
     elif isinstance(module, nn.Embedding):

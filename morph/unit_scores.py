@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from morph.analysis.recording import named_tensors
 from morph.couplings import Coupling
 from morph.errors import ProbeError
 from morph.scores import cross_entropy
@@ -87,17 +88,23 @@ def score_units(
 
 def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict[str, Tensor]:
     """Mean over places of the sum of ``|w|**p``, over its mean."""
-    parameters = dict(model.named_parameters())
-    powers: dict[str, list[NDArray[np.float64]]] = {}
-    scores = {}
+    parameters = dict(named_tensors(model, ("_parameters",)))
+    places_of = {}
     for coupling in couplings:
         places = parameter_places(coupling, parameters)
-        places = [place for place in places if not _is_bias(place.tensor)] or places
+        places_of[coupling.name] = [place for place in places if not _is_bias(place.tensor)] or places
+    axes: dict[str, set[int]] = {}
+    for places in places_of.values():
+        for place in places:
+            axes.setdefault(place.tensor, set()).add(place.axis)
+    powers = _all_powers({name: parameters[name].detach() for name in axes}, axes, p)
+    scores = {}
+    for coupling in couplings:
+        places = places_of[coupling.name]
         total = np.zeros(coupling.units)
         for place in places:
-            if place.tensor not in powers:
-                powers[place.tensor] = _powers(parameters[place.tensor].detach(), p)
-            total += powers[place.tensor][place.axis][place.positions].sum(1)
+            found = powers[place.tensor][place.axis][place.positions]
+            total += found[:, 0] if found.shape[1] == 1 else found.sum(1)
         total = total / len(places) if places else np.ones(coupling.units)
         mean = total.mean()
         with np.errstate(invalid="ignore"):  # what is not finite is refused by name
@@ -118,20 +125,35 @@ def _by_gradient(
 _AT_ONCE = 2**18  # values that stay in the cache of a processor between being squared and being added up
 
 
-def _powers(weight: Tensor, p: int) -> list[NDArray[np.float64]]:
-    """For each axis the sum of ``|w|**p`` at each position, in one passage over the weight."""
+def _all_powers(
+    weights: Mapping[str, Tensor], axes: Mapping[str, set[int]], p: int
+) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """By name and axis the sum of ``|w|**p`` at each position; vectors, of which there are many, together."""
+    powers = {name: _powers(weight, axes[name], p) for name, weight in weights.items() if weight.dim() > 1}
+    vectors = {name: weight.cpu().flatten() for name, weight in weights.items() if weight.dim() < 2}
+    if vectors:
+        together = _raised(torch.cat(list(vectors.values())).double(), p).numpy()
+        ends = np.cumsum([len(vector) for vector in vectors.values()])[:-1]
+        powers |= {name: {0: part} for name, part in zip(vectors, np.split(together, ends), strict=True)}
+    return powers
+
+
+def _powers(weight: Tensor, axes: set[int], p: int) -> dict[int, NDArray[np.float64]]:
+    """For some axes the sum of ``|w|**p`` at each position, in one passage over the weight."""
     weight = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-    if weight.dim() < 2:
-        return [_raised(weight.double(), p).cpu().numpy()]
-    rows = weight.flatten(1)
+    rows, inner = weight.flatten(1), axes - {0}
     first, rest = [], torch.zeros(rows.shape[1], dtype=torch.float64, device=weight.device)
     for part in rows.split(max(1, _AT_ONCE // max(1, rows.shape[1]))):
         raised = _raised(part, p)
-        first.append(raised.sum(1))
-        rest += raised.sum(0)
+        if 0 in axes:
+            first.append(raised.sum(1))
+        if inner:
+            rest += raised.sum(0)
     each = rest.reshape(weight.shape[1:])
-    others = [each.transpose(0, axis).flatten(1).sum(1) if each.dim() > 1 else each for axis in range(each.dim())]
-    return [sums.double().cpu().numpy() for sums in (torch.cat(first), *others)]
+    sums = {a: each.transpose(0, a - 1).flatten(1).sum(1) if each.dim() > 1 else each for a in inner}
+    if first:
+        sums[0] = torch.cat(first).double()
+    return {axis: values.cpu().numpy() for axis, values in sums.items()}
 
 
 def _raised(values: Tensor, p: int) -> Tensor:

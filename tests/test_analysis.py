@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from morph.analysis import analyse
-from morph.analysis.atoms import Atoms
+from morph.analysis.atoms import Atoms, Forms
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
 from morph.analysis.rules import RULES
@@ -401,6 +401,42 @@ def test_atoms_against_a_slow_union_find():
     atoms.union(atoms.new(3), np.zeros(3, np.int64))
     assert atoms.find(atoms.count - 1) == 0
     assert atoms.pinned_by(np.array([atoms.count - 1])).tolist() == [-1]
+
+
+def test_atoms_of_whole_vectors_against_a_slow_union_find():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        atoms, blocks, above, pins = Atoms(), [], [0], {}
+
+        def root(i, above=above):
+            return i if above[i] == i else root(above[i])
+
+        for turn in range(40):
+            blocks.append(atoms.new(5))
+            above += blocks[-1].tolist()
+            a, b = (blocks[int(k)] for k in generator.integers(0, len(blocks), 2))
+            if turn % 3 == 0:  # some positions only, or in another order
+                a, b = a[1:4], b[[4, 1, 2]]
+            if generator.random() < 0.4:
+                atoms.union(a, b)
+                for i, j in zip(a.tolist(), b.tolist(), strict=True):
+                    low, high = sorted((root(i), root(j)))
+                    above[high] = low
+            if turn % 11 == 0:
+                atoms.pin(b[:2], turn)
+                pins |= {i: min(turn, pins.get(i, turn)) for i in b[:2].tolist()}
+            if turn % 5 == 0:
+                atoms.find(a)
+        lowest = dict[int, int]()
+        for i, reason in pins.items():
+            lowest[root(i)] = min(reason, lowest.get(root(i), reason))
+        assert atoms.roots().tolist() == [0 if root(i) in lowest else root(i) for i in range(len(above))]
+        assert atoms.pinned_by(np.arange(len(above))).tolist() == [lowest.get(root(i), -1) for i in range(len(above))]
+        forms = Forms(atoms)
+        for labels in [*blocks, *[block[::-1] for block in blocks]]:
+            assert np.array_equal(forms.of(labels), atoms.find(labels))
+        distinct = {tuple(atoms.find(block).tolist()) for block in blocks}
+        assert len({id(forms.of(block)) for block in blocks}) == len(distinct) < len(blocks)
 
 
 def test_errors_of_rules():

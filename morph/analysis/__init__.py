@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
@@ -65,6 +65,7 @@ class Analysis:
     numbers: Mapping[str, Positions]
     parameters: frozenset[str]
     axes: tuple[Axis, ...]
+    _known: dict[int, list[Labels]] = field(default_factory=dict, repr=False)
 
     @property
     def recording(self) -> Recording:
@@ -75,17 +76,21 @@ class Analysis:
         """Share of all parameters that lie on at least one unit."""
         held = np.zeros(self.state.atoms.count, bool)
         held[self.units.atom] = True
+        stays, known = (~held).astype(np.int64), dict[int, int]()
         free = total = 0
         for name, value in self.recording.sources.items():
             if name in self.parameters and 0 not in value.shape:
-                size = int(np.prod(value.shape))
-                kept = np.prod([int((~held[r]).sum()) for r in self.roots(value)] or [size])
-                total, free = total + size, free + size - int(kept)
+                size = math.prod(value.shape)
+                kept = math.prod([length_of(roots, stays, known) for roots in self.roots(value)])
+                total, free = total + size, free + size - kept
         return free / total if total else 0.0
 
     def roots(self, value: Value) -> list[Labels]:
         """The final labels of each axis of a tensor."""
-        return [self.state.final[labels] for labels in self.state.tag(value).axes]
+        found = self._known.get(value.number)
+        if found is None:
+            found = self._known[value.number] = [self.state.forms.of(labels) for labels in self.state.tag(value).axes]
+        return found
 
     def runs(self, coupling: Coupling) -> bool:
         """Whether evaluation uses a parameter that a coupling lies on; some are only there for training."""
@@ -102,6 +107,8 @@ class Analysis:
         Raises:
             AnalysisError: If a coupling or unit does not exist.
         """
+        if not choice:
+            return np.ones(self.state.atoms.count, np.int64)
         chosen = np.zeros(self.units.count, bool)
         for name, numbers in choice.items():
             if name not in self.couplings:
@@ -117,7 +124,9 @@ class Analysis:
 
     def emptied(self, choice: Choice) -> list[Axis]:
         """Axes of tensors that would lose their last position."""
-        times = self.times(choice)
+        return self._emptied(self.times(choice))
+
+    def _emptied(self, times: Labels) -> list[Axis]:
         return [axis for axis in self.axes if not times[axis.roots].any()]
 
     def sizes(self, choice: Choice | None = None) -> Sizes:
@@ -130,21 +139,24 @@ class Analysis:
         Raises:
             AnalysisError: If a coupling or unit does not exist, or if an axis would lose its last position.
         """
-        if empty := self.emptied(choice):
+        times = self.times(choice)
+        if empty := self._emptied(times):
             raise AnalysisError(
                 f"{len(empty)} axes would lose their last position (the first has {len(empty[0].roots)}); drop less"
             )
-        times = self.times(choice)
-        edits = []
-        known: dict[bytes, tuple[int, ...]] = {}  # axes that lose the same share their index
-        for name, value in self.recording.sources.items():
-            for axis, labels in enumerate(self.state.tag(value).axes):
-                stays = times[labels] != 0
-                if len(labels) > 1 and not stays.all():
-                    key = stays.tobytes()
-                    if key not in known:
-                        known[key] = tuple(np.flatnonzero(stays).tolist())
-                    edits.append(Resize(name, axis, len(labels), known[key]))
+        kept: dict[bytes, tuple[int, ...]] = {}  # axes that lose the same share their index
+        index: dict[int, tuple[int, ...]] = {}
+        for axis in self.axes:
+            stays = times[axis.roots] != 0
+            if not stays.all():
+                places = tuple(np.flatnonzero(stays).tolist())
+                index[id(axis.roots)] = kept.setdefault(stays.tobytes(), places)
+        edits = [
+            Resize(name, axis, len(roots), index[id(roots)])
+            for name, value in self.recording.sources.items()
+            for axis, roots in enumerate(self.roots(value))
+            if id(roots) in index
+        ]
         return Plan(tuple(edits))
 
 
@@ -178,14 +190,15 @@ def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
         AnalysisError: If a rule does not fit its operator.
     """
     state = propagate(recording, {**RULES, **USER_RULES})
+    everywhere = tuple(distinct_axes(state))
+    free = {id(axis.roots) for axis in everywhere}
     axes = [
-        Axis(value, a, state.final[labels])
+        Axis(value, a, state.forms.of(labels))
         for value in recording.sources.values()
         for a, labels in enumerate(state.tag(value).axes)
         if len(labels) > 1
     ]
-    axes = [a for a in axes if a.roots.any()]
-    everywhere = tuple(distinct_axes(state))
+    axes = [a for a in axes if id(a.roots) in free]
     units = find_units(state, axes, everywhere)
     couplings, numbers = group_units(state, units, axes, parameters)
     return Analysis(
@@ -207,7 +220,7 @@ def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) ->
     lengths: dict[int, int] = {}
 
     def new(value: Value) -> list[int]:
-        return [length_of(labels, times, lengths) for labels in state.tag(value).axes]
+        return [length_of(roots, times, lengths) for roots in analysis.roots(value)]
 
     params = sum(
         math.prod(new(value))
@@ -231,9 +244,9 @@ def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) ->
     return Sizes(params, macs)
 
 
-def length_of(labels: Labels, times: Labels, known: dict[int, int]) -> int:
-    """How many positions an axis will have; tensors share their labels, so that most are known."""
-    found = known.get(id(labels))
+def length_of(roots: Labels, times: Labels, known: dict[int, int]) -> int:
+    """How many positions an axis with these final labels will have; tensors share them, so that most are known."""
+    found = known.get(id(roots))
     if found is None:
-        found = known[id(labels)] = int(times[labels].sum()) if len(labels) > 1 else len(labels)
+        found = known[id(roots)] = int(times[roots].sum()) if len(roots) > 1 else len(roots)
     return found

@@ -14,31 +14,51 @@ _SILENT = _FREE - 1  # pinned by becoming one with 0, for no reason of its own
 class Atoms:
     """Whole numbers with union and find, a vector at a time. Atom 0 stands for what can never go.
 
-    Unions and pins are kept until somebody asks: many small ones are then done as one large one.
+    Unions and pins are kept until somebody asks: many small ones are then done as one large one. Most unions are of two
+    vectors as `new` gave them: of these blocks it is known which are one already.
     """
 
     def __init__(self) -> None:
-        self._parent: Labels = np.arange(1024, dtype=np.int64)
-        self._pin: Labels = np.full(1024, _FREE, np.int64)
-        self._pin[0] = _SILENT
+        self._parent: Labels = np.zeros(1, np.int64)
+        self._pin: Labels = np.array([_SILENT], np.int64)
+        self._blocks: list[Labels] = []
+        self._numbers: dict[int, int] = {}  # of blocks, by the identity of the vector
+        self._above: list[int] = []  # for each block one with smaller numbers that it is one with, or itself
+        self._placed = 0  # blocks that are in ``_parent``
         self._unions: list[tuple[Labels, Labels]] = []
         self._pins: list[tuple[Labels, Labels]] = []
         self.count = 1
 
     def new(self, n: int) -> Labels:
         """``n`` new atoms."""
-        while self.count + n > len(self._parent):
-            more = max(n, len(self._parent))
-            old = len(self._parent)
-            self._parent = np.concatenate([self._parent, np.arange(old, old + more, dtype=np.int64)])
-            self._pin = np.concatenate([self._pin, np.full(more, _FREE, np.int64)])
+        labels = np.arange(self.count, self.count + n, dtype=np.int64)
+        labels.flags.writeable = False
         self.count += n
-        return np.arange(self.count - n, self.count, dtype=np.int64)
+        self._numbers[id(labels)] = len(self._blocks)
+        self._above.append(len(self._blocks))
+        self._blocks.append(labels)
+        return labels
+
+    def block(self, labels: Labels) -> int:
+        """The number of the first block that a vector is one with as a whole; -1 if it is no block."""
+        number = self._numbers.get(id(labels), -1)
+        return number if number < 0 else self._first(number)
+
+    def _first(self, number: int) -> int:
+        above = self._above
+        while above[number] != number:
+            above[number] = number = above[above[number]]
+        return number
 
     def union(self, left: Labels, right: Labels) -> None:
         """Make labels one, pair by pair; vectors of the same length. The smaller number represents both."""
-        if left is not right:
+        low, high = sorted((self.block(left), self.block(right)))
+        if low < 0:
             self._unions.append((left, right))
+        elif low != high:
+            self._above[high] = low
+            if high < self._placed:
+                self._unions.append((self._blocks[high], self._blocks[low]))
 
     def pin(self, labels: Labels, number: int) -> None:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
@@ -62,12 +82,27 @@ class Atoms:
 
     def _settle(self) -> None:
         """Do what was kept."""
+        if self._placed < len(self._blocks):
+            self._place()
         if self._unions:
             left, right = _joined(self._unions)
             self._unite(left, right)
         if self._pins:
             labels, numbers = _joined(self._pins)
             np.minimum.at(self._pin, self._root(labels), numbers)
+
+    def _place(self) -> None:
+        """Give new atoms their place: below those that their whole block is one with."""
+        blocks = self._blocks
+        above = [blocks[self._first(n)] for n in range(self._placed, len(blocks))]
+        start = self.count - sum(map(len, above))
+        if self.count > len(self._parent):
+            parent, pin = self._parent, self._pin
+            room = max(self.count, 2 * start)
+            self._parent, self._pin = np.empty(room, np.int64), np.full(room, _FREE, np.int64)
+            self._parent[:start], self._pin[:start] = parent[:start], pin[:start]
+        np.concatenate(above, out=self._parent[start : self.count])
+        self._placed = len(blocks)
 
     def _unite(self, a: Labels, b: Labels) -> None:
         lost = []
@@ -80,9 +115,14 @@ class Atoms:
             high = np.maximum(a, b)
             np.minimum.at(self._parent, high, np.minimum(a, b))
             lost.append(high)
-        if lost:  # the reasons of those that are represented by others now
-            gone = np.concatenate(lost)
-            np.minimum.at(self._pin, self._root(gone), self._pin[gone])
+        for high in lost:
+            self._hand_on(high)
+
+    def _hand_on(self, gone: Labels) -> None:
+        """Give the reasons of labels that are represented by others now to these."""
+        pinned = gone[self._pin[gone] != _FREE]
+        if len(pinned):
+            np.minimum.at(self._pin, self._root(pinned), self._pin[pinned])
 
     def _root(self, start: Labels) -> Labels:
         roots: Labels = self._parent[start]
@@ -93,6 +133,36 @@ class Atoms:
             roots = above
         self._parent[start] = roots
         return roots
+
+
+class Forms:
+    """The final labels of axes; axes that have the same share one vector.
+
+    Args:
+        atoms: In which nothing becomes one any more.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.atoms = atoms
+        self.final = atoms.roots()
+        self._known: dict[int, tuple[Labels, Labels]] = {}
+        self._forms: dict[object, Labels] = {}
+
+    def of(self, labels: Labels) -> Labels:
+        """The final labels of an axis."""
+        known = self._known.get(id(labels))
+        if known is not None:
+            return known[1]
+        block = self.atoms.block(labels)
+        found = self._forms.get(block)
+        if found is None:
+            found = self.final[labels]
+            found.flags.writeable = False
+            found = self._forms.setdefault(found.tobytes(), found)
+            if block >= 0:
+                self._forms[block] = found
+        self._known[id(labels)] = (labels, found)
+        return found
 
 
 def _joined(pairs: list[tuple[Labels, Labels]]) -> tuple[Labels, Labels]:

@@ -21,9 +21,10 @@ def group_units(
     state: Propagation, units: Units, axes: list[Axis], parameters: frozenset[str]
 ) -> tuple[dict[str, Coupling], dict[str, Positions]]:
     """Group units that take the same number of positions on the same axes of the same tensors."""
-    forms: dict[bytes, int] = {}  # axes with the same labels are one form
-    of_axis = [forms.setdefault(axis.roots.tobytes(), len(forms)) for axis in axes]
-    held = {form: units.on(axis.roots) for axis, form in reversed(list(zip(axes, of_axis, strict=True)))}
+    forms: dict[int, int] = {}  # axes with the same labels are one form
+    of_axis = [forms.setdefault(id(axis.roots), len(forms)) for axis in axes]
+    of_form = dict(zip(of_axis, axes, strict=True))
+    held = {form: units.on(axis.roots) for form, axis in reversed(of_form.items())}
     marks = np.zeros(units.count, np.int64)
     random = np.random.default_rng(0).integers(1, 2**62, len(axes))
     total = np.zeros(len(forms), np.int64)
@@ -123,14 +124,14 @@ def _readers(state: Propagation, units: Units, kind: Labels, own: list[Positions
     """The modules that sum over the units of each coupling, from the sums whose second operand is a parameter."""
     found: dict[int, list[Reader]] = collections.defaultdict(list)
     seen: set[tuple[int, str, int]] = set()
-    known: dict[bytes, list[tuple[int, Positions]]] = {}
+    known: dict[int, list[tuple[int, Positions]]] = {}
     for entry in state.sums:
         if len(entry.operands) < 2:
             continue
         call = state.recording.calls[entry.call]
         value, axis = entry.operands[0]
-        roots = state.final[state.tag(value).axes[axis]]
-        key = roots.tobytes()
+        roots = state.forms.of(state.tag(value).axes[axis])
+        key = id(roots)
         if key not in known:
             known[key] = _tables(*units.on(roots), kind, own)
         axis_here = axis if "convolution" in operator_name(call.target) else -1
@@ -148,7 +149,7 @@ def _statistics(state: Propagation, units: Units, kind: Labels) -> dict[int, lis
         call = state.recording.calls[entry.call]
         text = f"{entry.kind} at {call.where}" if call.where else entry.kind
         for labels in entry.labels:
-            unit, _ = units.on(state.final[labels])
+            unit, _ = units.on(state.forms.of(labels))
             for k in np.unique(kind[unit]).tolist():
                 found[k][text] = None
     return {k: list(texts) for k, texts in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from morph.analysis.atoms import Atoms, Labels
+from morph.analysis.atoms import Atoms, Forms, Labels
 from morph.analysis.recording import Call, Recording, Value
 from morph.analysis.relations import Key, Relation, Reshaper
 from morph.analysis.tags import Pin, Pinned, Statistic, Sum, Tag, operator_name, tags_in, values_in
@@ -37,9 +38,12 @@ class Propagation:
     pinned: list[Pinned] = field(default_factory=list)
     parts: dict[int, dict[int, tuple[int, Labels]]] = field(default_factory=dict)  # see `takes_part`
     number: int = -1
+    named: int = 0
+    _zeros: dict[int, Labels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.reshaper = Reshaper(self.atoms, self.fresh, self.freeze)
+        own = weakref.proxy(self)  # so that all this goes when nobody needs it, without a garbage collection
+        self.reshaper = Reshaper(self.atoms, lambda n, key: own.fresh(n, key), lambda x, why: own.freeze(x, why))
 
     @property
     def relations(self) -> list[Relation]:
@@ -47,9 +51,14 @@ class Propagation:
         return self.reshaper.relations
 
     @functools.cached_property
+    def forms(self) -> Forms:
+        """The final labels of axes, once everything is propagated."""
+        return Forms(self.atoms)
+
+    @property
     def final(self) -> Labels:
-        """The representative of every label, by its number, once everything is propagated."""
-        return self.atoms.roots()
+        """The representative of every label, by its number."""
+        return self.forms.final
 
     @property
     def call(self) -> Call:
@@ -61,7 +70,7 @@ class Propagation:
     def fresh(self, n: int, key: Key = ()) -> Labels:
         """``n`` new labels, zero where an earlier pass found them frozen."""
         if n == 1:
-            return np.zeros(1, np.int64)
+            return self.zeros(1)
         labels = self.atoms.new(n)
         self.fresh_labels[self.number, key] = labels
         frozen = self.frozen_before.get((self.number, key))
@@ -69,6 +78,14 @@ class Propagation:
             return labels
         self.atoms.union(labels[frozen], np.zeros(int(frozen.sum()), np.int64))
         return np.where(frozen, 0, labels)
+
+    def zeros(self, n: int) -> Labels:
+        """The labels of ``n`` positions that cannot go."""
+        found = self._zeros.get(n)
+        if found is None:
+            found = self._zeros[n] = np.zeros(n, np.int64)
+            found.flags.writeable = False
+        return found
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
@@ -144,7 +161,7 @@ class Propagation:
 
     def frozen(self, shape: Sequence[int]) -> Tag:
         """A tensor none of whose positions can go."""
-        return Tag(tuple(np.zeros(n, np.int64) for n in shape))
+        return Tag(tuple([self.zeros(n) for n in shape]))
 
     def pointwise(self, *tags: Tag) -> Tag:
         """Position i of the output depends on position i of each input alone."""
@@ -153,7 +170,7 @@ class Propagation:
             column = [t.axes[-back] for t in tags if len(t.axes) >= back and len(t.axes[-back]) != 1]
             for other in column[1:]:
                 self.same(column[0], other)
-            axes.append(column[0] if column else np.zeros(1, np.int64))
+            axes.append(column[0] if column else self.zeros(1))
         return Tag(tuple(axes))
 
     def reshape(self, tag: Tag, shape: Sequence[int], key: Key = ()) -> Tag:
@@ -263,8 +280,7 @@ def _freezes_wholes(state: Propagation) -> bool:
 
 def _pinned(state: Propagation) -> list[Pinned]:
     """How many positions of parameters each pin has pinned; of several pins of a label the first counts."""
-    labels = [labels for value in state.recording.sources.values() for labels in state.tag(value).axes]
-    numbers = state.atoms.pinned_by(np.concatenate([*labels, np.zeros(0, np.int64)]))
+    numbers = state.atoms.pinned_by(np.arange(1, state.named))
     counts = np.bincount(numbers[numbers >= 0], minlength=len(state.pins)).tolist()
     return [Pinned(pin.call, pin.reason, count) for pin, count in zip(state.pins, counts, strict=True)]
 
@@ -285,6 +301,7 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
             wholes
         ):  # such as a head that only training uses: what it hangs together with is not seen
             state.freeze_all(state.tags[value.number], "not used in this run")
+    state.named = state.atoms.count
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
     for number, call in enumerate(recording.calls):

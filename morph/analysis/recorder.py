@@ -47,7 +47,7 @@ def record(
     if with_data:
         return _record_data(model, inputs, whole)
     tensors = named_tensors(model)
-    no_data = any(t.is_meta for t in model.parameters())
+    no_data = any(t.is_meta and isinstance(t, nn.Parameter) for _, t in tensors)
     try:
         meta = pytree.tree_map_only(Tensor, without_data, plain(inputs))
         bare = skeleton(model, tensors)

@@ -242,13 +242,17 @@ def put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks."""
     saved: list[tuple[dict[str, Any], list[str], list[Any]]] = []
     kinds = []
+    empty: list[dict[str, Any]] = []
     for _, module in named_modules(model):
         kinds.append((module, type(module)))
         attributes = vars(module)
         saved.append((attributes, list(attributes), list(attributes.values())))
         for held in _HELD:
             table = attributes[held]
-            saved.append((table, list(table), list(table.values())))
+            if table:
+                saved.append((table, list(table), list(table.values())))
+            else:
+                empty.append(table)
     try:
         yield
     finally:
@@ -259,6 +263,9 @@ def put_back(model: nn.Module) -> Iterator[None]:
             if len(now) != len(names) or not all(map(operator.is_, now.values(), values)) or list(now) != names:
                 now.clear()
                 now.update(zip(names, values, strict=True))
+        for table in empty:
+            if table:
+                table.clear()
 
 
 def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = None) -> nn.Module:

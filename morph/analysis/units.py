@@ -132,7 +132,7 @@ def _without_emptying(groups: list[Labels], axes: Sequence[Axis]) -> list[Labels
 
 def distinct_axes(state: Propagation) -> Iterator[Axis]:
     """One of each different axis of all tensors, with its final labels."""
-    seen: set[tuple[int, bytes]] = set()
+    seen: set[int] = set()
     quick: set[int] = set()
     for number, tag in state.tags.items():
         value = state.recording.values[number]
@@ -140,10 +140,8 @@ def distinct_axes(state: Propagation) -> Iterator[Axis]:
             if len(labels) < 2 or id(labels) in quick:
                 continue
             quick.add(id(labels))
-            roots = state.final[labels]
-            if not roots.any():
-                continue
-            key = (len(roots), roots.tobytes())
-            if key not in seen:
-                seen.add(key)
-                yield Axis(value, axis, roots)
+            roots = state.forms.of(labels)
+            if id(roots) not in seen:
+                seen.add(id(roots))
+                if roots.any():
+                    yield Axis(value, axis, roots)
