@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from morph.analysis.atoms import Atoms, Forms, Labels
+from morph.analysis.notation import bind, labels_of_output
 from morph.analysis.recording import Call, Recording, Value
 from morph.analysis.relations import Key, Relation, Reshaper
 from morph.analysis.tags import Pin, Pinned, Statistic, Sum, Tag, operator_name, tags_in, values_in
@@ -204,7 +205,7 @@ class Propagation:
             value = self.parameter(operand) if isinstance(operand, str) else operand
             if value is None:
                 continue
-            for letter, axis in _bind(term.split(), len(value.shape)):
+            for letter, axis in bind(term.split(), len(value.shape)):
                 labels = self.tag(value).axes[axis]
                 if letter == "*":
                     self.freeze(labels, f"{self.name} mixes the positions of this axis")
@@ -214,44 +215,12 @@ class Propagation:
                     self.same(bound[letter], labels)
                 elif letter not in bound or len(labels) > 1:
                     bound[letter] = labels
-        out = _output(right.split(), bound, self.shape)
+        out = labels_of_output(right.split(), bound, self.shape)
         kept = {letter for letter, _ in out}
         for letter in bound:
             if letter not in kept:
                 self.sum_over(*places[letter])
         return Tag(tuple(labels for _, labels in out))
-
-
-def _bind(tokens: list[str], rank: int) -> list[tuple[object, int]]:
-    """Pair the tokens of a term with axes."""
-    if "..." in tokens:
-        at, tail = tokens.index("..."), len(tokens) - tokens.index("...") - 1
-        middle = rank - at - tail
-        return [
-            *((tokens[i], i) for i in range(at)),
-            *((("...", middle - i), at + i) for i in range(middle)),
-            *((tokens[len(tokens) - tail + i], rank - tail + i) for i in range(tail)),
-        ]
-    if "*" in tokens:
-        at = tokens.index("*")
-        return [*((tokens[i], i) for i in range(at)), *(("*", i) for i in range(at, rank))]
-    if len(tokens) != rank:
-        raise AnalysisError(f"the notation {' '.join(tokens)!r} has {len(tokens)} axes, the tensor has {rank}")
-    return [(token, i) for i, token in enumerate(tokens)]
-
-
-def _output(tokens: list[str], bound: Mapping[object, Labels], shape: tuple[int, ...]) -> list[tuple[object, Labels]]:
-    """Letter and labels of each axis of the output."""
-    out: list[tuple[object, Labels]] = []
-    for token in tokens:
-        if token == "...":
-            dots = sorted((k for k in bound if isinstance(k, tuple)), key=lambda k: -int(k[1]))
-            out += [(k, bound[k]) for k in dots]
-        elif token == "*":
-            out += [("*", np.zeros(n, np.int64)) for n in shape[len(out) :]]
-        else:
-            out.append((token, bound[token]))
-    return out
 
 
 def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) -> Propagation:
