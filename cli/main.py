@@ -63,6 +63,14 @@ def _module(command: str) -> Any:
     return importlib.import_module(f"morph.cli.{command.replace('-', '_')}")
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice; torch says so in words on a processor, by a class of its own elsewhere."""
+    import torch
+
+    said = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = build_parser()
@@ -88,6 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.error("interrupted; nothing was written")
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        console.error(f"out of memory: {said}; take fewer images or smaller batches, or free some memory")
+        return 2
     except BrokenPipeError:
         sys.stderr.close()
         return 0

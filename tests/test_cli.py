@@ -242,6 +242,32 @@ def test_an_interrupt_leaves_nothing(capsys, student, monkeypatch):
     assert sorted(p.name for p in Path().iterdir()) == ["data.npz", "student.pt"]
 
 
+@pytest.mark.parametrize("where", ["real", "python", "accelerator"])
+def test_too_little_memory_is_one_line(capsys, student, monkeypatch, where):
+    def greedy(*_, **__):
+        if where == "real":
+            torch.empty(2**60)
+        raise (
+            MemoryError if where == "python" else torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        )
+
+    monkeypatch.setattr("morph.files.open_model", greedy)
+    code, out, err = run(capsys, *EXPAND)
+    assert (code, out) == (2, "")
+    assert err.startswith("morph: out of memory: ")
+    assert err.count("\n") == 1
+    assert not list(Path().glob("student-teacher*"))
+
+
+def test_other_errors_are_not_taken_for_it(capsys, student, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("morph.files.open_model", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run(capsys, *EXPAND)
+
+
 def test_a_failed_check_ends_with_one(capsys, student, monkeypatch):
     import morph.passes.regroup as home
 
