@@ -237,7 +237,7 @@ def test_refusals():
     ):
         morph.expand(net, data, target_params=1e9)
     with pytest.raises(
-        NothingToGrowError, match="no grouped convolution that can be merged in its cells; widening is another move"
+        NothingToGrowError, match="Sequential has no grouped convolution to merge; widening is another move"
     ):
         morph.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), data, target_params=1e6)
     with pytest.raises(DataError, match="5 inputs and 4 targets"):

@@ -176,6 +176,8 @@ def test_without_couplings_merges_do_it_alone_and_may_lead_past_the_target():
 def test_where_no_unit_can_be_copied_at_first_merges_open_the_way():
     """Groups of 5 and of 3 on one stream: no block of it can be copied until they are merged."""
     model = net(6, 6, 10)
+    for block in model.blocks:
+        block.point = nn.Identity()  # what a block makes goes onto the stream as it is
     assert Copier(model, [batch()], Sizes(0, 0), "params", 0.125, (), "auto", cross_entropy).best() is None
     result = grow(model, target_params=30_000)
     moves = [step["move"] for step in result.record.details["steps"]]
