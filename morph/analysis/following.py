@@ -38,7 +38,7 @@ def follows(
     difference of any kind, also where a longer look would show that the model does the same.
 
     Args:
-        model: The skeleton of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
+        model: The twin of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
         inputs: What the recording was made with.
         recording: A run with shapes only, without modules that were recorded as one call.
         shape: The shape expected of each tensor.

@@ -98,9 +98,10 @@ class Recording:
         values: Every value, by number.
         traced: Whether the run had shapes only, or data.
         shared: Names of parameters or buffers that share memory with another one of a different form.
-        skeleton: The copy without data that was run, if there is one.
+        twin: The copy that was run, without data where ``traced`` says shapes; None if a run
+            in training mode may have changed its data.
         whole: Module classes that were recorded as one call.
-        quick: Of modules of ``skeleton``, their attributes, and a forward that calls nothing.
+        quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
         sink: Told by these forwards what they would have called.
     """
 
@@ -113,7 +114,7 @@ class Recording:
     outputs_in_training: list[Value] = field(default_factory=list)
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
-    skeleton: nn.Module | None = None
+    twin: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
     quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
     sink: Sink = field(default_factory=Sink)
