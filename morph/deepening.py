@@ -7,6 +7,7 @@ dropout and stochastic depth in it draw random numbers of their own.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -96,7 +97,7 @@ def deepen(
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
     if policy == "fisher" and data is None:
         raise DataError("the policy 'fisher' needs data: a pair of tensors (inputs, targets)")
-    try_inputs(model, *arguments_of(example_inputs))
+    try_inputs(copy.deepcopy(model), *arguments_of(example_inputs))
     found, left = find_units(model, example_inputs, seed=seed)
     if not found:
         raise NothingToGrowError(_why_nothing(left))

@@ -31,7 +31,7 @@ from morph.removal import LIMIT, compare
 from morph.surgery import Result, environment
 from morph.verify import require
 from morph.weight_sites import lay_out_weights
-from morph.zeroing import run_doubled
+from morph.zeroing import double_copy, run_doubled
 
 Masks = Mapping[str, Tensor]
 
@@ -152,7 +152,7 @@ class Gated:
         plan = graph_plan(self._layout, closing, removal, bare_graph(plain)) if isinstance(own, str) else own
         model = apply_plan(plain, plan)
         wanted = run_doubled(self._with(gates), inputs)
-        check = compare("gated model", wanted, apply_plan(copy.deepcopy(plain).double(), plan), inputs, LIMIT)
+        check = compare("gated model", wanted, apply_plan(double_copy(plain), plan), inputs, LIMIT)
         require((check,))
         model, settings, config = with_config(plain, model, inputs)
         rounding = compare("as returned", wanted, model, inputs, LIMIT)
@@ -229,7 +229,7 @@ class Gated:
 
     def _with(self, values: Masks) -> nn.Module:
         """A float64 copy of the gated model with these gates."""
-        twin = copy.deepcopy(self.model).double()
+        twin = double_copy(self.model)
         with torch.no_grad():
             for name, gate in gates_of(twin).items():
                 gate.weight.copy_(values[name])

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from morph.analysis.atoms import Labels
 from morph.analysis.bare import Bare
 from morph.analysis.edits import times_of
-from morph.analysis.picking import same_index
+from morph.analysis.picking import padding_after, same_index
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
 from morph.analysis.recording import Inputs, Value, arguments_of, plain_attention, skeleton, without_data
@@ -28,6 +28,8 @@ from morph.plan import Resize, SetConstant, SplitAt
 from morph.resizing import resized
 
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
+_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "true_divide", "floordiv", "floor_divide", "pow", "rsub"}
+_ARITHMETIC |= {f"i{name}" for name in _ARITHMETIC}  # in place
 _TRIES = 400
 
 
@@ -101,6 +103,7 @@ class _Refit(Interpreter):
         self.values, self.state, self.times = values, state, times
         self.edits: list[SetConstant | SplitAt] = []
         self.arguments: Any = ()  # of the node at hand before the cut
+        self.numbers: dict[str, Any] = {}  # the same, by where they stand
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on positional and named inputs."""
@@ -113,6 +116,7 @@ class _Refit(Interpreter):
             return super().run_node(n)
         self._keep_scale(n)
         self.arguments = fx.node.map_arg(n.args, self._old)
+        self.numbers = {slot: self._old(v) for slot, v in slots(n)}
         result, why = self._attempt(n, expected)
         if not why:
             return result
@@ -141,12 +145,31 @@ class _Refit(Interpreter):
         return result, "" if self._takes_the_same(n) else "it takes other positions than before"
 
     def _takes_the_same(self, n: fx.Node) -> bool:
-        """Whether an index in brackets takes the positions that it took before."""
+        """Whether brackets and paddings take the positions, and arithmetic the numbers, that they took before."""
+        if any(True for _ in self._kept(n)):
+            return False
         if n.target is not operator.getitem or not isinstance(self.arguments[0], Value):
             return True
         source, before = self.arguments
         now = fx.node.map_arg(n.args[1], lambda node: self.env[node])
         return same_index(self.state.tag(source).axes, self.times, before, now)
+
+    def _kept(self, n: fx.Node) -> Iterator[SetConstant]:
+        """The numbers of arithmetic with tensors, and the sides of a padding, that are not what they must be."""
+        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+        output = self.values.get(n.name)
+        if n.op == "call_module" or not isinstance(output, Value):
+            return
+        wanted: dict[str, Any] = {}
+        if name.strip("_") in _ARITHMETIC:
+            wanted = {slot: old for slot, old in self.numbers.items() if type(old) in (int, float)}
+        elif name == "pad":
+            sides = {slot: old for slot, old in self.numbers.items() if type(old) is int}
+            axes = self.state.tag(output).axes
+            wanted = dict(zip(sides, padding_after(axes, self.times, list(sides.values())), strict=True))
+        for slot, v in slots(n):
+            if slot in wanted and wanted[slot] != (self.env[v] if isinstance(v, fx.Node) else v):
+                yield SetConstant(n.name, slot, wanted[slot])
 
     def _shapes(self, expected: Any) -> list[tuple[int, ...]]:
         return [self._shape(v) for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
@@ -167,6 +190,9 @@ class _Refit(Interpreter):
 
     def _trials(self, n: fx.Node, expected: Any) -> Iterator[list[SetConstant | SplitAt]]:
         """Changes of constants that could make the shape of a node right, the likeliest first."""
+        kept = list(self._kept(n))
+        if kept:
+            yield list(kept)
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         values = [v for v in pytree.tree_leaves(expected, is_leaf=_is_value) if isinstance(v, Value)]
         if name in _SPLITS and values:

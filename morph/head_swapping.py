@@ -56,7 +56,7 @@ def swap_head(model: nn.Module, num_classes: int, inputs: Inputs, *, keep: Seque
         >>> result.model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 4])
     """
-    try_inputs(model, *arguments_of(inputs))
+    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
     if seed < 0:
         raise HeadError(f"a seed of {seed}; give 0 or more")
     heads = find_heads(model, inputs)

@@ -80,7 +80,7 @@ def put_label_head(
         TraceError: The model does not accept ``inputs`` or cannot be traced.
         CheckFailedError: The outputs are something else.
     """
-    try_inputs(model, *arguments_of(inputs))
+    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
     _check_seed(seed)
     head = find_heads(model, inputs)[0]
     traced = trace(model, inputs)
@@ -122,7 +122,7 @@ def put_voting_head(model: nn.Module, inputs: Inputs, *, channels: int = 16, see
         HeadError: There is no classifier, it is no linear layer, or something follows it; says why.
         TraceError: The model does not accept ``inputs``.
     """
-    try_inputs(model, *arguments_of(inputs))
+    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
     _check_seed(seed)
     if channels < 1:
         raise HeadError(f"{channels} channels; give 1 or more")

@@ -326,7 +326,7 @@ def load_plan(path: Path) -> Plan:
         raise PlanMismatchError(
             f"{path}: has nothing to replay: the weights were trained, the structure stayed as it was; open the model"
         )
-    if value.get("weight_preserving") is False and not value["plan"]:
+    if value.get("architecture") and not value["plan"]:
         raise PlanMismatchError(
             f"{path}: has nothing to replay: its network was built afresh as {value.get('architecture')}, seed "
             f"{value.get('seed')}"

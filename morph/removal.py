@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from morph.fitting import Misfit
 from morph.garbage import uncollected
 from morph.plan import Check, Resize
 from morph.shaking import named_shaken, shaken
-from morph.zeroing import run_doubled, run_zeroed
+from morph.zeroing import double_copy, run_doubled, run_zeroed
 
 LIMIT = 1e-9
 
@@ -172,7 +171,7 @@ def run_silenced(edits: Sequence[Resize], model: nn.Module, inputs: Inputs) -> l
 
     For units over which no statistic runs this is the zeroing reference, whatever the code does with values.
     """
-    twin = copy.deepcopy(model).double()
+    twin = double_copy(model)
     tensors = dict(named_tensors(twin))
     with torch.no_grad():
         for (name, axis), factors in _factors(edits).items():

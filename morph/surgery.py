@@ -34,7 +34,7 @@ from morph.removal import LIMIT as CUT_LIMIT
 from morph.removal import compare, compare_cut, run_silenced
 from morph.tracing import try_inputs
 from morph.verify import require, same_function
-from morph.zeroing import run_doubled
+from morph.zeroing import double_copy, run_doubled
 
 NOISE = "noise was added to the copies, so the new model computes something a little else, as the last check tells"
 
@@ -106,7 +106,7 @@ def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Inpu
 
 def _silenced(model: nn.Module, plan: Plan, inputs: Inputs) -> Check:
     """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
-    cut = apply_plan(copy.deepcopy(model).double(), plan)
+    cut = apply_plan(double_copy(model), plan)
     resizes = [edit for edit in plan.edits if isinstance(edit, Resize)]
     tensors = dict(named_tensors(model))
     names = [f"{edit.module}.weight" for edit in plan.edits if isinstance(edit, DropBranch)]
@@ -128,7 +128,7 @@ def replay(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool = True)
         TraceError: If the model does not accept ``inputs``.
         PlanMismatchError, EditError, CountError, CheckFailedError: As `operate`.
     """
-    try_inputs(model, *arguments_of(inputs))
+    try_inputs(copy.deepcopy(model), *arguments_of(inputs))  # a run may write into it
     before = count(model, inputs)
     done = operate(model, plan, inputs, verify=verify)
     record = Record(

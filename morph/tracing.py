@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from morph.errors import SymbolicTraceError, TraceError
 from morph.inputs import Inputs, arguments_of, by_position, images_in
@@ -125,7 +125,8 @@ def try_inputs(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, An
     """
     with evaluation(model), torch.no_grad():
         try:
-            model(*inputs, **(named or {}))
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (inputs, dict(named or {})))  # it may write into them
+            model(*args, **kwargs)
         except Exception as error:
             shapes = ", ".join(str(list(x.shape)) for x in tree_leaves((inputs, named)) if isinstance(x, Tensor))
             where = place_of(error)

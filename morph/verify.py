@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 from morph.analysis.recording import Inputs, arguments_of, tensors_of
 from morph.errors import CheckFailedError
 from morph.plan import Check
-from morph.zeroing import doubled, in_float64, outputs_of
+from morph.zeroing import double_copy, doubled, in_float64, outputs_of
 
 LIMIT = 1e-10
 _SLICE = 16  # samples in memory at a time
@@ -22,7 +21,7 @@ def same_function(before: nn.Module, after: nn.Module, inputs: Inputs, *, limit:
     """Compare outputs, and gradients with respect to the inputs, in float64 and evaluation mode.
 
     The gradient is that of a random weighting of the outputs, so that it speaks of all of them. Inputs without a
-    gradient, such as token numbers, have no second check.
+    gradient, such as token numbers, have no second check, nor has a model that cannot be differentiated.
 
     Args:
         before: The model that came in; copies are compared, neither model is touched.
@@ -68,12 +67,13 @@ def require(checks: tuple[Check, ...]) -> None:
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Outputs and input gradients of a float64 copy, each flattened; of one tensor a few samples at a time."""
-    twin = copy.deepcopy(model).double().eval().requires_grad_(False)
+    twin = double_copy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     results = []
     for part in inputs.split(_SLICE) if isinstance(inputs, Tensor) else (inputs,):
         args, kwargs = pytree.tree_map_only(Tensor, _leaf, doubled(arguments_of(part)))
         leaves = [t for t in tensors_of((args, kwargs)) if t.requires_grad]
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))  # the model may write into them
         with torch.enable_grad(), in_float64():
             outputs = _flat(outputs_of(twin(*args, **kwargs)))
         weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
@@ -88,10 +88,17 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """Gradients of ``value``, flattened and joined; empty where it depends on no input, as on token numbers."""
+    """Gradients of ``value``, flattened and joined; empty where it depends on no input, as on token numbers.
+
+    Empty too where the code allows none: it writes over what a gradient needs, or takes checkpoints in the old way.
+    """
+    none = torch.zeros(0, dtype=torch.float64, device=value.device)
     if not leaves or not value.requires_grad:
-        return torch.zeros(0, dtype=torch.float64, device=value.device)
-    return _flat(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+        return none
+    try:
+        return _flat(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+    except RuntimeError:
+        return none
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -92,14 +92,30 @@ def _float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy in float64 that computes what ``model`` does: an RMSNorm without an epsilon keeps that of its own type."""
+    twin = copy.deepcopy(model)
+    own = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    for module in twin.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None:
+            module.eps = torch.finfo(own if module.weight is None else module.weight.dtype).eps
+    return twin.double()
+
+
+def copied_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments in float64, in memory of their own: a model may write into what it is given."""
+    args, kwargs = arguments_of(inputs)
+    return doubled(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))  # type: ignore[no-any-return]
+
+
 def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The floating-point outputs of ``model`` in float64 and evaluation mode; it is not touched.
 
     Raises:
         Exception: Whatever the model raises.
     """
-    args, kwargs = doubled(arguments_of(inputs))
-    twin = copy.deepcopy(model).double().eval()
+    args, kwargs = copied_inputs(inputs)
+    twin = double_copy(model).eval()
     with torch.no_grad(), in_float64():
         return outputs_of(twin(*args, **kwargs))
 
@@ -154,10 +170,10 @@ class _Run:
         written = _written(recording)
         for name, value in recording.sources.items():
             tensor = tensors[name].detach()
-            env[value.number] = tensor.clone() if value.number in written else tensor
+            env[value.number] = doubled(tensor.clone()) if value.number in written else tensor
             self.device = tensors[name].device
         for value, tensor in zip(recording.inputs, tensors_of(arguments_of(inputs)), strict=True):
-            env[value.number] = doubled(tensor.detach())
+            env[value.number] = doubled(tensor.detach().clone())
         last = _last_uses(recording)
         with torch.no_grad(), _float64(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -118,8 +118,11 @@ class Growth:
         return value.source, axis
 
     def _used_otherwise(self, read: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-        """Reading axes of parameters that some call uses without summing over them."""
-        summed = {(e.call, v.number) for e in self.state.sums for v, _ in e.operands}
+        """Reading axes of parameters that some call uses without summing over them, or while it sums over another."""
+        summed: dict[tuple[int, int], list[int]] = {}
+        for entry in self.state.sums:
+            for value, axis in entry.operands:
+                summed.setdefault((entry.call, value.number), []).append(axis)
         derived: dict[int, str] = {v.number: name for name, v in self.state.recording.sources.items()}
         axes: dict[str, list[int]] = {}
         for name, axis in read:
@@ -127,7 +130,11 @@ class Growth:
         for number, call in enumerate(self.state.recording.calls):
             for value in call.reads:
                 name = derived.get(value.number, "")
-                if name not in axes or (number, value.number) in summed:
+                if name not in axes:
+                    continue
+                if (number, value.number) in summed:
+                    reads = {self.origin(value, axis) for axis in summed[number, value.number]}
+                    yield from ((name, axis) for axis in axes[name] if (name, axis) not in reads)
                     continue
                 packet = call.target.overloadpacket if isinstance(call.target, torch._ops.OpOverload) else None
                 if packet in _SAME_FORM | _RESHAPES | {aten.t, aten.transpose, aten.permute}:

@@ -253,6 +253,13 @@ def _(op: Propagation, x: Value, indices: list[Value | None]) -> Tag:
     return Tag((*rest[:at], *made, *rest[at:]))
 
 
+@on(aten.embedding_renorm)
+def _(op: Propagation, table: Value, *_: Any) -> Tag:
+    tag = op.tag(table)
+    op.freeze(tag.axes[1], "the length of each row is bounded (max_norm)")
+    return Tag((tag.axes[0], op.zeros(len(tag.axes[1]))))
+
+
 @on(aten.embedding)
 def _(op: Propagation, weight: Value, index: Value, *_: Any) -> Tag:
     op.freeze(op.tag(weight).axes[0], "rows are taken by number")

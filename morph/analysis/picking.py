@@ -28,11 +28,41 @@ def takes_the_same(call: Call, args: Sequence[Any], state: Propagation, times: L
     """
     if call.target in _BY_NUMBER:
         return list(call.args[1:]) == list(args[1:])
+    if call.target is _aten.constant_pad_nd.default:
+        now = args[1]
+        return list(now) == padding_after(state.tag(call.output).axes, times, call.args[1])
     if call.target is not _aten.slice.Tensor:
-        return True
+        return same_numbers(call, args)
     axes = state.tag(call.args[0]).axes
     labels = axes[axis_of(call.args[1] if len(call.args) > 1 else 0, len(axes))]
     return same_slice(labels, times, slice(*_bounds(call.args)), slice(*_bounds(args)))
+
+
+def same_numbers(call: Call, args: Sequence[Any]) -> bool:
+    """Whether an element-wise operator computes with the whole numbers that it had: they are values, not sizes."""
+    whole = [i for i, old in enumerate(call.args[1:], 1) if type(old) is int]
+    if not whole or torch.Tag.pointwise not in getattr(call.target, "tags", ()):
+        return True
+    return all(i < len(args) and call.args[i] == args[i] for i in whole)
+
+
+def padding_after(axes: Sequence[Labels], times: Labels, padding: Sequence[int]) -> list[int]:
+    """What a padding must be after a cut: on each side as many as stay of the positions that it makes.
+
+    Args:
+        axes: The labels of what came out before.
+        times: For each label how often it is there now.
+        padding: Before and behind, from the last axis on.
+    """
+    found = list(padding)
+    for i in range(min(len(padding) // 2, len(axes))):
+        labels = axes[len(axes) - 1 - i]
+        before, behind = (max(n, 0) for n in padding[2 * i : 2 * i + 2])
+        if len(labels) > 1 and (before or behind):
+            count = times[labels]
+            new = int(count[:before].sum()), int(count[len(labels) - behind :].sum())
+            found[2 * i : 2 * i + 2] = [n if o > 0 else o for n, o in zip(new, padding[2 * i : 2 * i + 2], strict=True)]
+    return found
 
 
 def same_slice(labels: Labels, times: Labels, before: slice, now: slice) -> bool:

@@ -1,0 +1,204 @@
+"""Networks as people write them by hand: what their code does with numbers, types and memory must not mislead a cut."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from analysis_support import gap, run, slow_zeroed, some_units
+from models import randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from morph import analyse, load_plan, prune, replay, widen
+from morph.analysis.picking import padding_after
+from morph.errors import NothingToGrowError
+from morph.removal import Remover
+
+
+class Image(nn.Module):
+    """Ends with a linear layer over the mean of space."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, width, 3, padding=1), nn.Linear(width, 5)
+
+    def end(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+class PaddedShortcut(Image):
+    """The shortcut of a CIFAR ResNet: zeros in place of the channels that it lacks, four on each side."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.end(torch.relu(self.second(x) + short))
+
+
+class Divided(Image):
+    """Divides by numbers of channels, one of them a whole number."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.second = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.sigmoid(x / math.sqrt(x.shape[1]))
+        x = self.second(x)
+        return self.end(torch.relu(x) * 3 / x.size(1))
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return randomise(kind().double()).eval()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [PaddedShortcut, Divided])
+@pytest.mark.parametrize("form", ["class", "graph", "auto"])
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_in_the_code_keep_their_meaning(kind, form, seed):
+    model, x = made(kind), image()
+    analysis = analyse(model, x)
+    choice = some_units(analysis, seed)
+    done = Remover(model, x, analysis, form).remove(choice)
+    assert gap(run(slow_zeroed(model, analysis, done.choice), x), run(done.model, x)) < 1e-12
+    if form != "class":  # whose code has the numbers in it
+        assert not done.left
+        assert done.form == "graph"
+
+
+@pytest.mark.parametrize("kind", [PaddedShortcut, Divided])
+def test_numbers_in_the_code_keep_their_meaning_in_a_wider_model(kind):
+    model, x = made(kind), image()
+    for ratio in (1.25, 2.0):
+        wide = widen(model, x, ratio=ratio, verify=False)
+        assert gap(run(model, x), run(wide.model, x)) < 1e-12
+        assert wide.record.details["form"] == "graph"
+
+
+def test_a_padding_has_as_many_positions_as_stay_on_its_side():
+    import numpy as np
+
+    labels = np.array([1, 2, 3, 4, 5, 6, 7])  # two before, three inside, two behind
+    times = np.array([1, 0, 1, 1, 0, 1, 1, 2])
+    axes = [np.zeros(2, np.int64), labels, np.zeros(6, np.int64)]
+    assert padding_after(axes, times, [1, 1, 2, 2]) == [1, 1, 1, 3]
+    assert padding_after(axes, times, [1, 1, 2, -1]) == [1, 1, 1, -1]
+
+
+class Transposed(nn.Module):
+    """An autoencoder whose decoder is the transposed encoder: each axis of the weight is read in one of two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.before = nn.Linear(24, 16, bias=False), nn.Linear(7, 24)
+        self.bias, self.out = nn.Parameter(torch.empty(24)), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = torch.sigmoid(self.encoder(torch.relu(self.before(x))))
+        return self.out(F.linear(code, self.encoder.weight.t(), self.bias))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_weight_that_is_read_along_both_axes_is_not_copied(verify):
+    model, x = made(Transposed), torch.randn(3, 7, dtype=torch.float64)
+    with pytest.raises(NothingToGrowError, match="used in another way too"):
+        widen(model, x, ratio=2.0, verify=verify)
+    assert prune(model, x, ratio=0.5).record.after["params"] < 0.6 * sum(p.numel() for p in model.parameters())
+
+
+class RootMeanSquare(nn.Module):
+    """Torch's own norm with no epsilon: it takes that of the type at hand."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(7, 12), nn.RMSNorm(12, elementwise_affine=affine)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_epsilon_that_follows_the_type_is_that_of_the_model(affine):
+    model, x = randomise(RootMeanSquare(affine)).eval(), 1e-3 * torch.randn(3, 7)
+    with torch.no_grad():
+        model.first.bias.mul_(1e-3)  # so small that the epsilon matters
+    for done in (prune(model, x, ratio=0.5), widen(model, x, ratio=2.0)):
+        assert all(check.relative < 1e-12 for check in done.record.checks)
+        assert done.model.norm.eps is None
+        assert replay(model, done.record.plan, x).record.checks[0].passed
+
+
+class Writes(Image):
+    """Writes into its input, and over what a gradient needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        y = torch.sigmoid(self.first(x))
+        z = y * y
+        y.mul_(0.5)
+        return self.end(z + y)
+
+
+class OldCheckpoint(Image):
+    """Checkpoints in the old way cannot give the gradient of an input alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(checkpoint(self.first, x, use_reentrant=True))
+
+
+@pytest.mark.parametrize("kind", [Writes, OldCheckpoint])
+def test_a_model_that_cannot_be_differentiated_is_compared_by_its_outputs(kind):
+    torch.manual_seed(0)
+    model, x = randomise(kind(12)).double().eval(), image()
+    kept = x.clone()
+    wide = widen(model, x, ratio=1.25)
+    again = replay(model, wide.record.plan, x)
+    assert [check.name for check in again.record.checks] == ["outputs"]
+    assert torch.equal(x, kept)
+    prune(model, x, ratio=0.5)
+    assert torch.equal(x, kept)
+
+
+def test_a_record_that_cut_nothing_is_replayed(tmp_path):
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), torch.randn(2, 3, 4)
+    done = prune(model, x, ratio=0.5)
+    done.record.save(tmp_path / "record.json")
+    assert replay(model, load_plan(tmp_path / "record.json"), x).record.after == done.record.before
+
+
+class Bounded(nn.Module):
+    """The rows of its table are bounded, which the table's own forward does in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle, self.last = nn.Embedding(13, 12, max_norm=1.0), nn.Linear(12, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.middle(self.table(x))))
+
+
+def test_a_bounded_table_stays_whole_and_is_not_touched():
+    model, x = made(Bounded).float(), torch.arange(12).reshape(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    done = prune(model, x, ratio=0.5)
+    assert done.model.table.weight.shape == (13, 12)
+    assert done.model.middle.weight.shape == (5, 12)
+    assert any("bounded" in frozen.reason for frozen in analyse(model, x).frozen)
+    replay(model, done.record.plan, x)
+    widen(model, x, ratio=1.25)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
