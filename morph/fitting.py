@@ -207,13 +207,13 @@ class Fitter:
         was, now = floats_in(old.args), floats_in(new.args)
         if was != now:
             return f"{operator_name(new.target)} uses the constants {now}, were {was}"
-        if old.target == new.target and not self._takes(old, new.args, times):
-            return f"{operator_name(new.target)} takes positions {new.args[1:]}, which are not those of {old.args[1:]}"
+        if old.target == new.target and not self._takes(old, new.args, new.kwargs, times):
+            return f"{operator_name(new.target)} takes positions or numbers {new.args[1:]}, was {old.args[1:]}"
         return ""
 
-    def _takes(self, call: Call, args: Sequence[Any], times: Labels) -> bool:
+    def _takes(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], times: Labels) -> bool:
         """Whether an operator takes by number what it took before the cut."""
-        return takes_the_same(call, args, self.analysis.state, times)
+        return takes_the_same(call, args, kwargs, self.analysis.state, times)
 
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""
