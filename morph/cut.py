@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from morph.analysis.caches import without_kept
 from morph.errors import PlanMismatchError
 from morph.fresh_weights import reinitialise
 from morph.graphs import graph_of, set_constants
@@ -66,7 +67,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         else:
             grown = copy.deepcopy(model) if grown is model else grown
             _apply(grown, kind, edits, model)
-    return copy.deepcopy(model) if grown is model else grown
+    return without_kept(copy.deepcopy(model) if grown is model else grown)
 
 
 def _batches(edits: tuple[Edit, ...]) -> Iterator[list[Any]]:

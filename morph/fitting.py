@@ -245,6 +245,8 @@ class Fitter:
                 more = []
                 for other, same in modules.items():
                     for attribute in some if type(same) is type(module) else ():
+                        if attribute in _TOLD and told(same):
+                            continue
                         old: Any = getattr(same, attribute, None)
                         new = _new_size(old, sizes[other])
                         if new is not None and new != old and (other, attribute) not in done and other not in free:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from morph.analysis.atoms import Labels
+from morph.analysis.caches import forget_tensors, without_kept
 from morph.analysis.propagation import Propagation
 from morph.analysis.recording import (
     Call,
@@ -99,7 +100,7 @@ def double_copy(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, nn.RMSNorm) and module.eps is None:
             module.eps = torch.finfo(own if module.weight is None else module.weight.dtype).eps
-    return twin.double()
+    return without_kept(twin.double())
 
 
 def copied_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,8 +117,12 @@ def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """
     args, kwargs = copied_inputs(inputs)
     twin = double_copy(model).eval()
-    with torch.no_grad(), in_float64():
-        return outputs_of(twin(*args, **kwargs))
+    forget_tensors(model)  # of the same functions in another type
+    try:
+        with torch.no_grad(), in_float64():
+            return outputs_of(twin(*args, **kwargs))
+    finally:
+        forget_tensors(model)
 
 
 def outputs_of(output: Any) -> list[Tensor]:

@@ -399,3 +399,29 @@ def test_gates_in_front_of_a_layer_with_code_of_its_own_and_of_a_plain_one_are_o
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     sum(y.sum() for y in module(x)).backward()
     assert gate.weight.grad.count_nonzero() == 2
+
+
+class Overwritten(nn.Module):
+    """Writes into what its layers give, of any rank, as activations in place do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(7, 11), nn.Linear(11, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(torch.tanh(x)).relu_()
+        z = self.two(y)
+        z *= 2
+        return z
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 4, 7), (2, 3, 4, 7)])
+def test_what_a_gated_layer_gives_may_be_written_into(shape):
+    torch.manual_seed(0)
+    model, x = Overwritten().double(), torch.randn(*shape, dtype=torch.float64)
+    gated = morph.gate(model, x)
+    loss = [m(x).square().sum() for m in (model, gated.model)]
+    assert torch.equal(*loss)
+    for one in loss:
+        one.backward()
+    assert torch.allclose(model.one.weight.grad, gated.model.one.weight.grad)

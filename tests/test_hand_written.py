@@ -202,3 +202,25 @@ def test_a_bounded_table_stays_whole_and_is_not_touched():
     replay(model, done.record.plan, x)
     widen(model, x, ratio=1.25)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class TwoNorms(nn.Module):
+    """A norm with weights is told its width by them, one of the same class and width without must be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(7, 12), nn.LayerNorm(12)
+        self.middle, self.bare = nn.Linear(12, 12), nn.LayerNorm(12, elementwise_affine=False)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bare(self.middle(torch.relu(self.norm(self.first(x))))))
+
+
+def test_norms_with_and_without_weights_follow_together():
+    model, x = made(TwoNorms), torch.randn(3, 7, dtype=torch.float64)
+    for ratio in (0.25, 0.5):
+        done = prune(model, x, ratio=ratio, ranking="local", form="class")
+        assert not done.record.details["left"]
+        widths = [done.model.norm.normalized_shape, done.model.bare.normalized_shape]
+        assert widths == [(int(12 * (1 - ratio)),)] * 2

@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> Value:
         """The value of a tensor; one never seen before is a constant, or another view of a parameter."""
         known: Value | None = getattr(tensor, "_morph_value", None)
-        if known is not None and known.shape == tensor.shape:
+        if known is not None and known.shape == tensor.shape and self.recording.has(known):
             return known
         owner = self.storages.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
         if owner is not None and owner.shape == tensor.shape:

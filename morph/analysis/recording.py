@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from morph.analysis.caches import forget_tensors
 from morph.copying import copy_module
 from morph.errors import TraceError
 from morph.inputs import Inputs as Inputs
@@ -132,6 +133,10 @@ class Recording:
         values.append(value)
         return value
 
+    def has(self, value: Value) -> bool:
+        """Whether a value is of this run, and not of another whose tensors the model has kept."""
+        return value.number < len(self.values) and self.values[value.number] is value
+
     def nothing(self) -> Value:
         """Add a value for an output that nobody asked for: a tensor without elements."""
         value = Value(len(self.values), (0,))
@@ -236,11 +241,16 @@ def without_data(tensor: Tensor) -> Tensor:
 
 
 _HELD = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")  # changed in place by a run
+_OWN = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks."""
+    """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks.
+
+    So do dicts that they fill, and functions that keep their results: a run neither finds nor leaves tensors there.
+    """
+    forget_tensors(model)
     saved: list[tuple[dict[str, Any], list[str], list[Any]]] = []
     kinds = []
     empty: list[dict[str, Any]] = []
@@ -248,6 +258,9 @@ def put_back(model: nn.Module) -> Iterator[None]:
         kinds.append((module, type(module)))
         attributes = vars(module)
         saved.append((attributes, list(attributes), list(attributes.values())))
+        for name, value in attributes.items():
+            if type(value) is dict and name not in _OWN:
+                saved.append((value, list(value), list(value.values())))
         for held in _HELD:
             table = attributes[held]
             if table:
@@ -267,6 +280,7 @@ def put_back(model: nn.Module) -> Iterator[None]:
         for table in empty:
             if table:
                 table.clear()
+        forget_tensors(model)
 
 
 def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = None) -> nn.Module:

@@ -124,8 +124,11 @@ class _GatedReader(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor, form: Form) -> Tensor:
         if _on_activation(x, weight, form):
-            return _plain(x * _row(gates, form), weight, bias, form)
-        return _plain(x, weight * _column(gates, form), bias, form)
+            output = _plain(x * _row(gates, form), weight, bias, form)
+        else:
+            output = _plain(x, weight * _column(gates, form), bias, form)
+        # a linear layer gives a view of its rows, into which autograd would let nobody write
+        return output if form else torch.ops.aten._unsafe_view.default(output, output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
