@@ -51,6 +51,8 @@ _TOLD = {
     "in_channels",
     "out_channels",
     "num_features",
+    "in1_features",
+    "in2_features",
 }
 
 

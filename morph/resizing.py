@@ -193,7 +193,8 @@ def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Map
 
 def told(module: nn.Module) -> bool:
     """Whether a module is told its new sizes when its tensors are resized: one of torch's own with tensors."""
-    own = isinstance(module, _ConvNd | _NormBase | nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.Embedding)
+    own = isinstance(module, _ConvNd | _NormBase | nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm)
+    own = own or isinstance(module, nn.Embedding | nn.Bilinear)
     return own and any(t is not None for t in [*module._parameters.values(), *module._buffers.values()])
 
 
@@ -226,3 +227,5 @@ def _tell(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = shape[0], shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = shape[0]
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = shape

@@ -224,3 +224,50 @@ def test_norms_with_and_without_weights_follow_together():
         assert not done.record.details["left"]
         widths = [done.model.norm.normalized_shape, done.model.bare.normalized_shape]
         assert widths == [(int(12 * (1 - ratio)),)] * 2
+
+
+class Constant(nn.Module):
+    """Adds a table that it keeps as a plain attribute, as some video models keep their positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 12), nn.Linear(12, 5)
+        self.positions = torch.randn(3, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x) + self.positions))
+
+
+def test_a_constant_holds_channels_and_the_reason_names_the_way_out():
+    model, x = Constant(), torch.randn(2, 3, 7)
+    reasons = {frozen.reason: frozen.positions for frozen in analyse(model, x).frozen}
+    assert [positions for reason, positions in reasons.items() if "register it" in reason] == [43]
+    table = model.__dict__.pop("positions")
+    model.register_buffer("positions", table)
+    assert [c.units for c in analyse(model, x).couplings.values()] == [12]
+
+
+class Headed(nn.Module):
+    """Attention by einsum, whose parameters have an axis for heads and one for positions in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.empty(4, 12, 6)) for _ in range(3))
+        self.o, self.last = nn.Parameter(torch.empty(4, 6, 12)), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = torch.einsum("bsd,hdK->bhsK", x, self.q), torch.einsum("btd,hdk->bhtk", x, self.k)
+        weights = torch.einsum("bhsk,bhtk->bhst", q, k).softmax(-1)
+        read = torch.einsum("bhst,bthk,hkd->bsd", weights, torch.einsum("btd,hdk->bthk", x, self.v), self.o)
+        return self.last(x + read)
+
+
+@pytest.mark.parametrize("heads", ["whole", "inside", "both"])
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_with_an_axis_of_their_own_are_cut_and_the_record_is_replayed(heads, seed):
+    model, x = made(Headed), torch.randn(2, 5, 12, dtype=torch.float64)
+    done = prune(model, x, ratio=0.4, ranking="local", score="random", seed=seed, heads=heads)
+    again = replay(model, done.record.plan, x)
+    assert again.record.checks[0].relative < 1e-12
+    assert torch.equal(again.model(x), done.model(x))
+    assert done.model.q.shape != model.q.shape

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import nn
 
 from morph.analysis.admission import admit
@@ -232,7 +233,7 @@ def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) ->
         call = analysis.recording.calls[entry.call]
         if len(entry.operands) < 2 or entry.call >= analysis.recording.evaluated or not isinstance(call.output, Value):
             continue
-        if f"{call.module}.weight" in gone:
+        if f"{call.module}.weight" in gone or call.target is torch.ops.aten._trilinear.default:  # no count has those
             continue
         weight, axis = entry.operands[1]
         if "convolution" in operator_name(call.target):

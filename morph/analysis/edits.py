@@ -12,7 +12,9 @@ from morph.plan import DropBranch, Plan, Reroute, Resize
 
 
 def times_of(state: Propagation, edits: Sequence[Resize]) -> Labels:
-    """How often each label is there after some edits; factors of reshapes follow from their wholes.
+    """How often each label is there after some edits.
+
+    Factors of reshapes follow from their wholes, and wholes that no tensor of the model has from their factors.
 
     Args:
         state: A finished propagation.
@@ -21,11 +23,15 @@ def times_of(state: Propagation, edits: Sequence[Resize]) -> Labels:
     """
     atoms = state.atoms
     times = np.ones(atoms.count, np.int64)
+    known = np.zeros(atoms.count, bool)
     for (tensor, axis), index in composed(edits).items():
         value = state.recording.sources.get(tensor)
         if value is not None:
             labels = state.tag(value).axes[axis]
             times[atoms.find(labels)] = np.bincount(index, minlength=len(labels))
+    for value in state.recording.sources.values():
+        for labels in state.tag(value).axes:
+            known[atoms.find(labels)] = True
     for relation in state.relations:
         whole = times[atoms.find(relation.whole)]
         if (whole == 1).all():
@@ -37,6 +43,11 @@ def times_of(state: Propagation, edits: Sequence[Resize]) -> Labels:
                     times[label] = 0
                 elif (rows > 1).all():
                     times[label] = rows.min()
+    for relation in state.relations:  # a whole that no tensor of the model has, such as heads times positions in them
+        wholes = atoms.find(relation.whole)
+        made = np.prod([np.where(f == 0, 1, times[f]) for f in map(atoms.find, relation.factors)], axis=0)
+        own = (wholes != 0) & ~known[wholes]
+        times[wholes[own]] = made[own]
     return times[atoms.roots()]
 
 

@@ -19,6 +19,7 @@ from morph.analysis.relations import Key, Relation, Reshaper
 from morph.analysis.tags import Pin, Pinned, Statistic, Sum, Tag, operator_name, tags_in, values_in
 from morph.errors import AnalysisError
 
+FIXED = "goes position by position with a tensor that stays: an input, or a constant that is no buffer (register it)"
 Rule = Callable[..., Any]
 
 
@@ -171,6 +172,8 @@ class Propagation:
             column = [t.axes[-back] for t in tags if len(t.axes) >= back and len(t.axes[-back]) != 1]
             for other in column[1:]:
                 self.same(column[0], other)
+                if other is not column[0] and any(one is self._zeros.get(len(other)) for one in (other, column[0])):
+                    self.freeze(column[0] if other is self._zeros[len(other)] else other, FIXED)
             axes.append(column[0] if column else self.zeros(1))
         return Tag(tuple(axes))
 

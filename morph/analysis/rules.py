@@ -1,6 +1,6 @@
 """Every built-in rule."""
 
-from morph.analysis import borders, contractions, movement, scattering, statistics, windows
+from morph.analysis import borders, contractions, movement, scattering, statistics, transforms, windows
 from morph.analysis.table import RULES
 
-__all__ = ["RULES", "borders", "contractions", "movement", "scattering", "statistics", "windows"]
+__all__ = ["RULES", "borders", "contractions", "movement", "scattering", "statistics", "transforms", "windows"]
