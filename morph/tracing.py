@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from morph.errors import SymbolicTraceError, TraceError
 from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
+from morph.reloading import Reloaded
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 
@@ -192,6 +193,7 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
             + (f" (at {where})" if where else "")
             + f"; {_way_out(root)}"
         ) from error
+    graph._tracer_cls = Reloaded
     return fx.GraphModule(root, graph, type(root).__name__), tracer.outputs
 
 

@@ -281,3 +281,28 @@ def test_graph_constants_are_told_apart_by_their_bits():
     assert graphs._constant(torch.tensor([-0.0, math.nan]), root, constants) != a
     root.constant_2 = 1
     assert graphs._constant(torch.tensor([0.0]), root, constants) == "constant_3"
+
+
+class Named(nn.Module):
+    """Two inputs with names, one of which has a value of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, image: Tensor, text: Tensor, scale: float = 2.0) -> Tensor:
+        return torch.logsumexp(self.one(image) * scale + self.two(text), 1)
+
+
+def test_a_network_from_a_file_takes_its_inputs_by_name(tmp_path):
+    model, image, text = Named(), torch.randn(2, 3), torch.randn(2, 5)
+    save_model(model, tmp_path / "model.pt")
+    network = open_model(tmp_path / "model.pt").model
+    wanted = model(image, text)
+    for output in (network(image, text), network(image=image, text=text), network(image, text=text)):
+        assert torch.equal(output, wanted)
+    assert torch.equal(network(text=text, image=image, scale=3.0), model(image, text, 3.0))
+    with pytest.raises(TypeError, match="the inputs of this network are image, text, scale; sound cannot be given so"):
+        network(image=image, text=text, sound=image)
+    with pytest.raises(TypeError, match="text cannot be given so"):
+        network(text=text)

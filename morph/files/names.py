@@ -39,21 +39,25 @@ CONTAINER = "torch.nn.modules.module.Module"
 
 _FUNCTIONS = {
     "torch": """
-        abs add addcmul amax amin arange argmax atan bmm cat ceil chunk clamp clone concat conv1d conv2d cos
-        cumsum div einsum empty_like eq erf exp eye flatten flip floor floor_divide full full_like ge gt le
-        linspace log log_softmax logical_and logical_not lt masked_fill matmul max maximum mean meshgrid min
-        minimum mm movedim mul ne neg norm ones ones_like outer permute pow rand rand_like randn randn_like
-        reciprocal relu repeat_interleave reshape roll round rsqrt sigmoid sign sin softmax split sqrt square
-        squeeze stack std sub sum swapaxes tanh tile transpose tril triu unbind unflatten unsqueeze var where
-        zeros zeros_like _assert""",
+        abs add addbmm addcdiv addcmul addmm amax amin arange argmax argsort atan atan2 baddbmm bmm cat cdist
+        ceil chunk clamp clone concat conv1d conv2d cos cosh cosine_similarity cumprod cumsum div einsum
+        empty_like eq erf exp expm1 eye flatten flip floor floor_divide full full_like gather ge gt index_add
+        index_select kron le linspace log log1p log2 log_softmax logical_and logical_not logsumexp lt
+        masked_fill matmul max maximum mean meshgrid min minimum mm movedim mul ne neg norm ones ones_like outer
+        permute pow rand rand_like randn randn_like reciprocal relu repeat_interleave reshape roll round rsqrt
+        scatter scatter_add sigmoid sign sin sinh softmax sort split sqrt square squeeze stack std sub sum
+        swapaxes tan tanh tile topk transpose tril triu unbind unflatten unsqueeze var view_as_complex
+        view_as_real where zeros zeros_like _assert""",
     "torch.nn.functional": """
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool1d avg_pool2d
-        batch_norm celu channel_shuffle conv1d conv2d conv_transpose2d dropout dropout1d dropout2d elu fold
-        gelu glu group_norm hardsigmoid hardswish hardtanh instance_norm interpolate layer_norm leaky_relu
-        linear local_response_norm log_softmax logsigmoid lp_pool2d max_pool1d max_pool2d mish normalize
-        one_hot pad pixel_shuffle pixel_unshuffle prelu relu relu6 relu_ rms_norm scaled_dot_product_attention
-        selu sigmoid silu softmax softmin softplus softshrink softsign tanh tanhshrink threshold unfold
-        upsample""",
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d affine_grid alpha_dropout avg_pool1d
+        avg_pool2d avg_pool3d batch_norm bilinear binary_cross_entropy binary_cross_entropy_with_logits celu
+        channel_shuffle conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+        cosine_similarity cross_entropy dropout dropout1d dropout2d dropout3d elu embedding fold gelu glu
+        grid_sample group_norm hardsigmoid hardswish hardtanh huber_loss instance_norm interpolate kl_div
+        l1_loss layer_norm leaky_relu linear local_response_norm log_softmax logsigmoid lp_pool2d max_pool1d
+        max_pool2d max_pool3d mish mse_loss nll_loss normalize one_hot pad pixel_shuffle pixel_unshuffle prelu
+        relu relu6 relu_ rms_norm scaled_dot_product_attention selu sigmoid silu smooth_l1_loss softmax softmin
+        softplus softshrink softsign tanh tanhshrink threshold unfold upsample""",
     "operator": """
         add and_ eq floordiv ge getitem gt iadd imul invert isub itruediv le lt matmul mod mul ne neg not_ or_
         pow sub truediv""",
@@ -66,16 +70,19 @@ _FUNCTIONS = {
     "torchvision.models.inception": "InceptionOutputs",
 }
 _METHODS = """
-    abs add add_ addcmul amax amin argmax bernoulli_ bfloat16 bmm bool chunk clamp clamp_ clamp_min clone
-    contiguous cos cumsum detach dim div div_ double eq erf exp expand expand_as fill_ flatten flip float
-    floor ge gt half index_select int item le log log_softmax long lt masked_fill masked_fill_ matmul max
-    maximum mean min minimum mm movedim mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm
-    normal_ numel permute pow prod reciprocal relu relu_ repeat repeat_interleave reshape reshape_as roll
-    round rsqrt select sigmoid sign sin size softmax split sqrt square squeeze std sub sub_ sum swapaxes t
-    tanh to transpose tril triu type_as unbind unflatten unfold uniform_ unsqueeze var view view_as where
-    zero_"""
+    abs add add_ addcdiv addcmul addmm all amax amin any argmax argsort baddbmm bernoulli_ bfloat16 bmm bool
+    chunk clamp clamp_ clamp_min clone contiguous cos cosh cumprod cumsum detach diagonal dim div div_ double eq
+    erf exp expand expand_as expm1 fill_ flatten flip float floor gather ge gt half index_add index_select int
+    item le log log1p log_softmax logsumexp long lt masked_fill masked_fill_ matmul max maximum mean min minimum
+    mm movedim mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ numel permute pow prod
+    reciprocal relu relu_ repeat repeat_interleave reshape reshape_as roll round rsqrt scatter scatter_add
+    select sigmoid sigmoid_ sign sin sinh size softmax sort split sqrt square squeeze std sub sub_ sum swapaxes
+    t tan tanh to topk transpose tril triu type_as unbind unflatten unfold uniform_ unsqueeze var view view_as
+    where zero_"""
 METHODS = frozenset(_METHODS.split())
-ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT", "is_cuda", "requires_grad", "data"})
+ATTRIBUTES = frozenset(
+    {"shape", "ndim", "dtype", "device", "T", "mT", "is_cuda", "requires_grad", "data", "real", "imag"}
+)
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
