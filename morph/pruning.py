@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from morph.analysis import Analysis, Sizes, analyse
-from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
+from morph.analysis import Analysis, Sizes, analyse, count_sizes
+from morph.analysis.recording import Inputs, arguments_of, named_modules, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
 from morph.errors import ProbeError, TargetError
@@ -143,7 +143,7 @@ def _prune(
             verified = "not verified: the model has no data (meta device)"
         edits += done.plan.edits
         removed.append(done)
-        now, size = done.model, _per_sample(analysis.sizes(done.choice), batch)
+        now, size = done.model, _per_sample(count_sizes(analysis, done.times), batch)
         on_step(number, size)
     config: dict[str, Any] = {}
     if checks:
@@ -286,7 +286,8 @@ def _per_sample(sizes: Sizes, batch: int) -> Sizes:
 
 def on_meta(model: nn.Module) -> bool:
     """Whether a parameter has no data."""
-    return any(p.is_meta for _, p in named_tensors(model, ("_parameters",)))
+    held = (module._parameters.values() for _, module in named_modules(model))
+    return any(p is not None and p.is_meta for parameters in held for p in parameters)
 
 
 def require_values(model: nn.Module, score: Score) -> None:

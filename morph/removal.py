@@ -71,8 +71,8 @@ class Remover:
                 reason = "a statistic runs over them, and shapes in this model depend on values"
                 left.append(LeftWhole(name, len(choice.pop(name)), reason))
         while True:
-            edits = [e for e in self.analysis.cut(choice).edits if isinstance(e, Resize)]
             times = self.analysis.times(choice)
+            edits = self.analysis.resizes(times)
             found = self.carrier.carry(edits, times)
             if isinstance(found, Carried):
                 model = self.carrier.apply(found)
@@ -95,8 +95,8 @@ class Remover:
         for name in names[:-1]:
             some = self.carrier.siblings(name, choice)
             rest = {k: v for k, v in choice.items() if k not in some}
-            edits = [e for e in self.analysis.cut(rest).edits if isinstance(e, Resize)]
-            again = self.carrier.fitter.fit(edits, self.analysis.times(rest))
+            kept = self.analysis.times(rest)
+            again = self.carrier.fitter.fit(self.analysis.resizes(kept), kept)
             if again.misfit is None or again.misfit.call > misfit.call:
                 return some
         return names

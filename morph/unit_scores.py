@@ -142,17 +142,19 @@ def _powers(weight: Tensor, axes: set[int], p: int) -> dict[int, NDArray[np.floa
     """For some axes the sum of ``|w|**p`` at each position, in one passage over the weight."""
     weight = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
     rows, inner = weight.flatten(1), axes - {0}
-    first, rest = [], torch.zeros(rows.shape[1], dtype=torch.float64, device=weight.device)
+    first: list[Tensor] = []
+    rest: Tensor | None = None
     for part in rows.split(max(1, _AT_ONCE // max(1, rows.shape[1]))):
         raised = _raised(part, p)
         if 0 in axes:
             first.append(raised.sum(1))
         if inner:
-            rest += raised.sum(0)
-    each = rest.reshape(weight.shape[1:])
-    sums = {a: each.transpose(0, a - 1).flatten(1).sum(1) if each.dim() > 1 else each for a in inner}
-    if first:
-        sums[0] = torch.cat(first).double()
+            more = raised.sum(0)
+            rest = more.double() if rest is None else rest.add_(more)
+    sums = {0: (first[0] if len(first) == 1 else torch.cat(first)).double()} if first else {}
+    if rest is not None:
+        each = rest.reshape(weight.shape[1:])
+        sums |= {a: each.transpose(0, a - 1).flatten(1).sum(1) if each.dim() > 1 else each for a in inner}
     return {axis: values.cpu().numpy() for axis, values in sums.items()}
 
 

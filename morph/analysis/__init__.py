@@ -140,7 +140,10 @@ class Analysis:
         Raises:
             AnalysisError: If a coupling or unit does not exist, or if an axis would lose its last position.
         """
-        times = self.times(choice)
+        return Plan(tuple(self.resizes(self.times(choice))))
+
+    def resizes(self, times: Labels) -> list[Resize]:
+        """The edits that keep of each tensor what is there ``times`` times, none or once; errors as for `cut`."""
         if empty := self._emptied(times):
             raise AnalysisError(
                 f"{len(empty)} axes would lose their last position (the first has {len(empty[0].roots)}); drop less"
@@ -152,13 +155,12 @@ class Analysis:
             if not stays.all():
                 places = tuple(np.flatnonzero(stays).tolist())
                 index[id(axis.roots)] = kept.setdefault(stays.tobytes(), places)
-        edits = [
+        return [
             Resize(name, axis, len(roots), index[id(roots)])
             for name, value in self.recording.sources.items()
             for axis, roots in enumerate(self.roots(value))
             if id(roots) in index
         ]
-        return Plan(tuple(edits))
 
 
 @uncollected()

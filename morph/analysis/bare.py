@@ -59,6 +59,26 @@ def _paired(x: Tensor, y: Any, **_: Any) -> Tensor | None:
     return _alike(y) if _spreads(x.shape, y.shape) else None
 
 
+def _paired_in_place(x: Tensor, y: Any, **_: Any) -> Tensor | None:
+    """Itself, if the other is broadcast to it."""
+    fits = isinstance(y, Tensor) and y.is_meta and x.dtype == y.dtype and x.is_contiguous()
+    return x if fits and (x.shape == y.shape or _spreads(y.shape, x.shape)) else None
+
+
+def _rolled(x: Tensor, shifts: Sequence[int], axes: Sequence[int] = ()) -> Tensor | None:
+    fits = len(shifts) == len(axes) and all(-x.dim() <= a < x.dim() for a in axes)
+    return _empty(x.shape, x) if fits and x.is_contiguous() else None
+
+
+def _masked(x: Tensor, mask: Tensor, _: Any) -> Tensor | None:
+    fits = mask.is_meta and mask.dtype == torch.bool and _spreads(mask.shape, x.shape)
+    return _empty(x.shape, x) if fits and x.is_contiguous() else None
+
+
+def _compared(x: Tensor, _: Any) -> Tensor | None:
+    return torch.empty(x.shape, dtype=torch.bool, device="meta") if x.is_contiguous() else None
+
+
 def _spreads(small: Sequence[int], large: Sequence[int]) -> bool:
     """Whether one shape is broadcast to the other."""
     start = len(large) - len(small)
@@ -133,6 +153,10 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_aten.native_batch_norm.default, _aten.native_group_norm.default), _normed),
     _aten.native_layer_norm.default: _layer_normed,
     **dict.fromkeys((_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar), _paired),
+    **dict.fromkeys((_aten.add_.Tensor, _aten.sub_.Tensor, _aten.mul_.Tensor), _paired_in_place),
+    **dict.fromkeys((_aten.eq.Scalar, _aten.ne.Scalar), _compared),
+    _aten.roll.default: _rolled,
+    _aten.masked_fill.Scalar: _masked,
     **dict.fromkeys((_aten.mean.dim, _aten.sum.dim_IntList), _reduced),
     _aten.mm.default: _product,
     _aten.bmm.default: _product,
