@@ -292,7 +292,7 @@ def test_the_largest_channel_is_that_of_those_that_stay(seed):
     torch.manual_seed(seed)
     model, x = randomise(SpatialAttention().double(), seed=seed).eval(), image()
     done = prune(model, x, ratio=0.5, score="random", seed=seed)
-    kept = [edit for edit in done.record.plan.edits if edit.tensor == "first.weight"][0].index
+    kept = next(edit for edit in done.record.plan.edits if edit.tensor == "first.weight").index
     assert len(kept) == 6
     with torch.no_grad():
         y = model.first(x)[:, list(kept)]
