@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from morph.analysis.atoms import Labels
 from morph.analysis.following import floats_in, follows, same_data
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Recording, Value, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Recording, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
+from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
 from morph.plan import FreeAttention, Resize, SetAttribute
 from morph.resizing import resize_own, told
@@ -94,7 +96,7 @@ class Fitter:
     def __init__(self, model: nn.Module, inputs: Inputs, analysis: Analysis) -> None:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
-        self.base = analysis.recording.skeleton or copy.deepcopy(model).eval()
+        self.base = analysis.recording.twin or evaluating(copy_module(model))
         self.lengths: tuple[Labels, dict[int, int]] | None = None
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
@@ -123,17 +125,13 @@ class Fitter:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         recorded = self.analysis.recording
         settled = recorded.settled
-        with put_back(self.base):
-            resize_own(self.base, edits)
-            set_sizes(self.base, attributes)
-            if self._plain(recorded) and follows(
-                self.base, self.inputs, recorded, lambda v: self.shape(v, times), lambda c, a: self._takes(c, a, times)
-            ):
-                return None
-        with put_back(self.base):  # whatever that run has changed
-            resize_own(self.base, edits)
-            set_sizes(self.base, attributes)
-            recording, path, error = rerun(self.base, self.inputs, self.traced, recorded.whole)
+        if self._plain(recorded):
+            with self._cut(edits, attributes) as cut:
+                shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
+                if follows(cut, self.inputs, recorded, shape, takes):
+                    return None
+        with self._cut(edits, attributes) as cut:
+            recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
         for number, new in enumerate(recording.calls):
@@ -161,9 +159,22 @@ class Fitter:
             return Misfit(at, expected[at].module, "the code takes another way")
         return self._laid_out(start, expected[start:], recording.calls[begun:], times)
 
+    @contextmanager
+    def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
+        """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
+        with put_back(self.base):
+            resize_own(self.base, edits)
+            set_sizes(self.base, attributes)
+            yield self.base
+
     def _plain(self, recorded: Recording) -> bool:
         """Whether the run before had shapes only, and none that depends on values."""
-        return recorded.skeleton is self.base and not recorded.whole and recorded.settled == recorded.evaluated
+        return (
+            recorded.twin is self.base
+            and recorded.traced == "shapes"
+            and not recorded.whole
+            and recorded.settled == recorded.evaluated
+        )
 
     def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
         """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
@@ -198,13 +209,13 @@ class Fitter:
         was, now = floats_in(old.args), floats_in(new.args)
         if was != now:
             return f"{operator_name(new.target)} uses the constants {now}, were {was}"
-        if old.target == new.target and not self._takes(old, new.args, times):
-            return f"{operator_name(new.target)} takes positions {new.args[1:]}, which are not those of {old.args[1:]}"
+        if old.target == new.target and not self._takes(old, new.args, new.kwargs, times):
+            return f"{operator_name(new.target)} takes positions or numbers {new.args[1:]}, was {old.args[1:]}"
         return ""
 
-    def _takes(self, call: Call, args: Sequence[Any], times: Labels) -> bool:
+    def _takes(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], times: Labels) -> bool:
         """Whether an operator takes by number what it took before the cut."""
-        return takes_the_same(call, args, self.analysis.state, times)
+        return takes_the_same(call, args, kwargs, self.analysis.state, times)
 
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""

@@ -30,6 +30,9 @@ from morph.resizing import resized
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "true_divide", "floordiv", "floor_divide", "pow", "rsub"}
 _ARITHMETIC |= {f"i{name}" for name in _ARITHMETIC}  # in place
+_ARITHMETIC |= {"clamp", "clamp_min", "clamp_max", "clip", "fmod", "remainder", "mod", "masked_fill", "where"}
+_ARITHMETIC |= {"lt", "le", "gt", "ge", "eq", "ne", "threshold", "hardtanh", "elu", "celu", "leaky_relu", "softplus"}
+_ARITHMETIC |= {"addcmul", "addcdiv", "lerp", "hardshrink", "softshrink", "norm", "vector_norm", "normalize", "renorm"}
 _TRIES = 400
 
 
@@ -155,14 +158,14 @@ class _Refit(Interpreter):
         return same_index(self.state.tag(source).axes, self.times, before, now)
 
     def _kept(self, n: fx.Node) -> Iterator[SetConstant]:
-        """The numbers of arithmetic with tensors, and the sides of a padding, that are not what they must be."""
+        """The numbers that are no sizes, and the sides of a padding, that are not what they must be."""
         name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
         output = self.values.get(n.name)
         if n.op == "call_module" or not isinstance(output, Value):
             return
-        wanted: dict[str, Any] = {}
+        wanted = {slot: old for slot, old in self.numbers.items() if type(old) is float}  # never a size
         if name.strip("_") in _ARITHMETIC:
-            wanted = {slot: old for slot, old in self.numbers.items() if type(old) in (int, float)}
+            wanted |= {slot: old for slot, old in self.numbers.items() if type(old) is int}
         elif name == "pad":
             sides = {slot: old for slot, old in self.numbers.items() if type(old) is int}
             axes = self.state.tag(output).axes

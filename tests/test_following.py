@@ -58,11 +58,11 @@ def followed(model, inputs):
     analysis, edits, times = cut_of(model, inputs)
     fitter = Fitter(model, inputs, analysis)
     recording = analysis.recording
-    with put_back(recording.skeleton):
-        resize_own(recording.skeleton, edits)
-        result = follows(recording.skeleton, inputs, recording, lambda v: fitter.shape(v, times))
-    assert all("forward" not in vars(m) for m in recording.skeleton.modules())
-    assert follows(recording.skeleton, inputs, recording, lambda v: v.shape)  # it is as it was
+    with put_back(recording.twin):
+        resize_own(recording.twin, edits)
+        result = follows(recording.twin, inputs, recording, lambda v: fitter.shape(v, times))
+    assert all("forward" not in vars(m) for m in recording.twin.modules())
+    assert follows(recording.twin, inputs, recording, lambda v: v.shape)  # it is as it was
     return result, bool(edits)
 
 
@@ -76,7 +76,7 @@ def test_only_the_same_calls_with_the_same_constants_are_let_through(kind):
 def test_another_shape_or_another_model_is_not_let_through():
     inputs = torch.randn(2, 3, 8, 8)
     recording = record(Steps(), inputs)
-    skeleton = recording.skeleton
+    skeleton = recording.twin
     assert follows(skeleton, inputs, recording, lambda v: v.shape)
     assert not follows(skeleton, inputs, recording, lambda v: (*v.shape[:-1], v.shape[-1] + 1))
     skeleton.scale = 3.0
@@ -98,9 +98,9 @@ def test_a_constant_tensor_is_compared():
 
     inputs = torch.randn(2, 3)
     recording = record(Shifted(), inputs)
-    assert follows(recording.skeleton, inputs, recording, lambda v: v.shape)
-    recording.skeleton.shift = [1, 3]
-    assert not follows(recording.skeleton, inputs, recording, lambda v: v.shape)
+    assert follows(recording.twin, inputs, recording, lambda v: v.shape)
+    recording.twin.shift = [1, 3]
+    assert not follows(recording.twin, inputs, recording, lambda v: v.shape)
 
 
 @pytest.mark.parametrize("name", NETS)

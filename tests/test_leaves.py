@@ -110,7 +110,7 @@ def test_a_model_keeps_its_forward_and_refuses_what_does_not_fit():
     before = [dict(vars(m)) for m in model.modules()]
     recording = record(model, torch.randn(2, 3, 8, 8))
     assert [list(vars(m)) for m in model.modules()] == [list(b) for b in before]
-    assert all("forward" not in vars(m) for m in [*model.modules(), *recording.skeleton.modules()])
+    assert all("forward" not in vars(m) for m in [*model.modules(), *recording.twin.modules()])
     assert [c.module for c in recording.calls] == ["0", "1", "2", "3"]
     with pytest.raises(TraceError, match=r"does not accept inputs of shape \[2, 4, 8, 8\]"):
         analyse(model, torch.randn(2, 4, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from morph.analysis.recording import Inputs, arguments_of, named_modules, tensors_of
 from morph.errors import TraceError
+
+_PLAIN = {bool, int, float, str, type(None), OrderedDict}  # hold no tensors, or only hooks
+_CONTAINERS = {dict, list, tuple}
 
 
 def admit(model: Any, inputs: Inputs) -> None:
@@ -38,13 +42,16 @@ def _obstacle(module: nn.Module) -> str:
         if parameter is not None and is_lazy(parameter):
             return f"has no shape for {name} yet; run the model once on the inputs, so that lazy modules get theirs"
     for name, value in vars(module).items():
+        kind = type(value)
+        if kind in _PLAIN or (kind in _CONTAINERS and not value):  # nearly all attributes
+            continue
         if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
             return (
                 f"keeps {name}, computed from other parameters, as an attribute, and cannot be copied: take off what "
                 f"computes it (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), or use "
                 f"torch.nn.utils.parametrizations"
             )
-        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        items = value.values() if kind is dict else value if kind in _CONTAINERS else ()
         if any(isinstance(item, Tensor) and item.grad_fn is not None for item in items):
             return (
                 f"keeps results of a run with gradients in {name} and cannot be copied: empty it; some models do so "

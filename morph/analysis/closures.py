@@ -41,7 +41,7 @@ def rows_of(state: Propagation) -> Rows:
         keep = ~(factors == whole).any(0)
         if not keep.any():
             continue
-        rows = _distinct_columns(np.vstack([whole[keep], factors[:, keep]]))
+        rows = distinct_columns(np.vstack([whole[keep], factors[:, keep]]))
         if (key := rows.tobytes()) in seen:
             continue
         seen.add(key)
@@ -51,7 +51,7 @@ def rows_of(state: Propagation) -> Rows:
     return Rows(np.concatenate(wholes), tuple(parts), tuple(bounds))
 
 
-def _distinct_columns(rows: Labels) -> Labels:
+def distinct_columns(rows: Labels) -> Labels:
     """The different columns, in the order of their first rows."""
     order = np.lexsort(rows[::-1])
     rows = rows[:, order]
@@ -76,7 +76,7 @@ class _Reach:
         for factors, start in zip(rows.factors, rows.bounds, strict=False):
             self.factors[start : start + factors.shape[1], : len(factors)] = factors.T
         row, column = np.nonzero(self.factors)
-        pairs = _distinct_columns(np.stack([self.factors[row, column], rows.wholes[row]]))
+        pairs = distinct_columns(np.stack([self.factors[row, column], rows.wholes[row]]))
         self.above = _Lists(pairs[0], pairs[1], count)
         order = np.argsort(rows.wholes, kind="stable")
         self.rows = _Lists(rows.wholes[order], order, count)
@@ -124,7 +124,7 @@ class _Lists:
 
     def __init__(self, key: Labels, value: Labels, count: int) -> None:
         self.value = value
-        self.start = np.searchsorted(key, np.arange(count + 1))
+        self.start = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=count))])
 
     def of(self, labels: Labels) -> tuple[Labels, Labels]:
         """Everything that belongs to the labels, and to which of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +26,11 @@ from morph.analysis.recording import (
 from morph.inputs import plain
 
 Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have after the cut
-Takes = Callable[[Call, Sequence[Any]], bool]  # whether with these arguments an operator takes what it took
+Takes = Callable[[Call, Sequence[Any], Mapping[str, Any]], bool]  # whether an operator takes what it took
 
 
 def follows(
-    model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes, takes: Takes = lambda call, args: True
+    model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes, takes: Takes = lambda *_: True
 ) -> bool:
     """Whether a model without data calls one by one what was recorded, each with the shapes and constants expected.
 
@@ -38,7 +38,7 @@ def follows(
     difference of any kind, also where a longer look would show that the model does the same.
 
     Args:
-        model: The skeleton of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
+        model: The twin of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
         inputs: What the recording was made with.
         recording: A run with shapes only, without modules that were recorded as one call.
         shape: The shape expected of each tensor.
@@ -105,7 +105,7 @@ class _Follower(TorchDispatchMode):
         constants = [value.data for value in call.reads]
         if any(data is not None for data in constants):
             self._compare_constants(constants, (args, kwargs))
-        if floats_in(call.args) != floats_in(args) or not self.takes(call, args):
+        if floats_in(call.args) != floats_in(args) or not self.takes(call, args, kwargs):
             self._stop()
         args, kwargs = one_device((args, kwargs))
         output = run_bare(func, args, with_data(func, args, kwargs))

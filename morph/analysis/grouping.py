@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from morph.analysis.atoms import Labels
+from morph.analysis.closures import distinct_columns
 from morph.analysis.contractions import KERNEL
 from morph.analysis.propagation import Propagation
 from morph.analysis.tags import operator_name
@@ -32,8 +33,9 @@ def group_units(
         np.add.at(total, of_axis, random)
         for form, (unit, _) in held.items():
             np.add.at(marks, unit, total[form])
-    _, kind = np.unique(marks, return_inverse=True)
-    _, first, kind = np.unique(_apart(kind, units), return_index=True, return_inverse=True)
+    _, first, kind = np.unique(marks, return_index=True, return_inverse=True)
+    if (split := _apart(kind, units)) is not kind:
+        _, first, kind = np.unique(split, return_index=True, return_inverse=True)
     order = np.argsort(first)
     couplings: dict[str, Coupling] = {}
     numbers: dict[str, Positions] = {}
@@ -73,14 +75,14 @@ def _apart(kind: Labels, units: Units) -> Labels:
 
     Whole heads and the positions inside them lie alike on all axes where there are as many heads as positions in one.
     """
-    if (np.diff(units.atom) > 0).all():  # sorted by label
+    alike = [kinds[:, 1:][kinds[:, 1:] == kinds[:, :-1]] for kinds in (np.sort(kind[row]) for row in units.shared)]
+    repeated = np.unique(np.concatenate([np.zeros(0, np.int64), *alike])).tolist()
+    if not repeated:
         return kind
-    labels = int(units.atom[-1]) + 1
-    keys, times = np.unique(kind[units.unit] * labels + units.atom, return_counts=True)
     order = np.argsort(units.unit, kind="stable")
     held = np.split(units.atom[order], np.searchsorted(units.unit[order], np.arange(1, units.count)))
     split, new = kind.copy(), int(kind.max()) + 1
-    for k in np.unique(keys[times > 1] // labels).tolist():
+    for k in repeated:
         taken: list[set[int]] = []
         for unit in np.flatnonzero(kind == k).tolist():
             own = set(held[unit].tolist())
@@ -165,11 +167,8 @@ def _with_overlaps(
         owner[numbers[name]] = k
     shared: dict[str, dict[str, None]] = {name: {} for name in couplings}
     blocks = dict.fromkeys(couplings, 1)
-    _, first, times = np.unique(units.atom, return_index=True, return_counts=True)
-    first, times = first[times > 1], times[times > 1]
-    for count in np.unique(times).tolist():  # labels that as many units hold, a row of owners for each
-        rows = owner[units.unit[first[times == count][:, None] + np.arange(count)]]
-        for row in np.unique(np.sort(rows, axis=1), axis=0).tolist():
+    for held in units.shared:
+        for row in distinct_columns(np.sort(owner[held]).T).T.tolist():
             for one, other in itertools.combinations(sorted({names[k] for k in row if k >= 0}), 2):
                 if other not in shared[one]:
                     shared[one][other] = shared[other][one] = None

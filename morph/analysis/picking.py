@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,18 @@ from morph.analysis.table import axis_of
 
 _aten = torch.ops.aten
 _BY_NUMBER = {_aten.roll.default, _aten.select.int, _aten.tril.default, _aten.triu.default, _aten.diagonal.default}
+_ORDERS = {_aten.linalg_vector_norm.default, _aten.norm.ScalarOpt_dim, _aten.renorm.default}  # of a norm
 
 
-def takes_the_same(call: Call, args: Sequence[Any], state: Propagation, times: Labels) -> bool:
+def takes_the_same(
+    call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], state: Propagation, times: Labels
+) -> bool:
     """Whether an operator that takes positions by number takes those that it took before; shapes do not tell.
 
     Args:
         call: As it was recorded.
         args: What the operator is called with now.
+        kwargs: The same, by name.
         state: The labels of the recording.
         times: For each label how often it is there now.
     """
@@ -32,18 +36,22 @@ def takes_the_same(call: Call, args: Sequence[Any], state: Propagation, times: L
         now = args[1]
         return list(now) == padding_after(state.tag(call.output).axes, times, call.args[1])
     if call.target is not _aten.slice.Tensor:
-        return same_numbers(call, args)
+        return same_numbers(call, args, kwargs)
     axes = state.tag(call.args[0]).axes
     labels = axes[axis_of(call.args[1] if len(call.args) > 1 else 0, len(axes))]
     return same_slice(labels, times, slice(*_bounds(call.args)), slice(*_bounds(args)))
 
 
-def same_numbers(call: Call, args: Sequence[Any]) -> bool:
-    """Whether an element-wise operator computes with the whole numbers that it had: they are values, not sizes."""
-    whole = [i for i, old in enumerate(call.args[1:], 1) if type(old) is int]
-    if not whole or torch.Tag.pointwise not in getattr(call.target, "tags", ()):
+def same_numbers(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator computes with the numbers that it had, where they are values and not sizes."""
+    if any(type(old) is float and kwargs.get(name) != old for name, old in call.kwargs.items()):
+        return False
+    if call.target in _ORDERS:
+        return list(call.args[1:2]) == list(args[1:2])
+    if torch.Tag.pointwise not in getattr(call.target, "tags", ()):
         return True
-    return all(i < len(args) and call.args[i] == args[i] for i in whole)
+    before, now = [*call.args, *call.kwargs.values()], [*args, *(kwargs.get(name) for name in call.kwargs)]
+    return len(before) == len(now) and all(old == new for old, new in zip(before, now, strict=True) if type(old) is int)
 
 
 def padding_after(axes: Sequence[Labels], times: Labels, padding: Sequence[int]) -> list[int]:

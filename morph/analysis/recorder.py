@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from morph.analysis.recording import (
     How,
     Inputs,
     Recording,
+    evaluating,
     first_line,
     named_tensors,
     sharing,
@@ -22,6 +22,7 @@ from morph.analysis.recording import (
     tensors_of,
     without_data,
 )
+from morph.copying import copy_module
 from morph.errors import MorphError, TraceError
 from morph.inputs import in_order, plain
 from morph.interpreter import Interpreter
@@ -56,7 +57,7 @@ def record(
         recording = recorder.run(meta)
         recording.shared += sharing(tensors)
         recorder.train_too(meta)
-        recording.skeleton = bare
+        recording.twin = bare
     except Exception as shapes_only:
         if no_data:
             raise _refused(model, inputs, shapes_only) from shapes_only
@@ -69,10 +70,12 @@ def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module],
     """Run a copy of the model with its data."""
     try:
         own = pytree.tree_map_only(Tensor, Tensor.detach, plain(inputs))
-        recorder = Recorder(copy.deepcopy(model).eval(), "data", whole)
+        twin = evaluating(copy_module(model))
+        recorder = Recorder(twin, "data", whole)
         recording = recorder.run(own)
         recording.shared += sharing(named_tensors(model))
-        recorder.train_too(own)
+        if not recorder.train_too(own):
+            recording.twin = twin
     except Exception as error:
         raise _refused(model, inputs, error) from error
     return recording

@@ -61,12 +61,16 @@ class Recorder(TorchDispatchMode):
         recording.evaluated = len(recording.calls)
         return recording
 
-    def train_too(self, inputs: Inputs) -> None:
-        """Record a second run, in training mode, if evaluation leaves parameters unused (such as auxiliary heads)."""
+    def train_too(self, inputs: Inputs) -> bool:
+        """Record a second run, in training mode, if evaluation leaves parameters unused (such as auxiliary heads).
+
+        Returns:
+            Whether there was one, so that the data of buffers may have changed.
+        """
         recording = self.recording
         used = {id(v) for call in recording.calls for v in call.reads}
         if all(id(v) in used or not v.floating for v in recording.sources.values()):
-            return
+            return False
         self.model.train()
         try:
             recording.outputs_in_training = self._call(*arguments_of(inputs))
@@ -75,6 +79,7 @@ class Recorder(TorchDispatchMode):
             self.stack, self.silent = [""], 0
         finally:
             self.model.eval()
+        return True
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
         """Call the model and give the values that come out."""

@@ -99,9 +99,10 @@ class Recording:
         values: Every value, by number.
         traced: Whether the run had shapes only, or data.
         shared: Names of parameters or buffers that share memory with another one of a different form.
-        skeleton: The copy without data that was run, if there is one.
+        twin: The copy that was run, without data where ``traced`` says shapes; None if a run
+            in training mode may have changed its data.
         whole: Module classes that were recorded as one call.
-        quick: Of modules of ``skeleton``, their attributes, and a forward that calls nothing.
+        quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
         sink: Told by these forwards what they would have called.
     """
 
@@ -114,7 +115,7 @@ class Recording:
     outputs_in_training: list[Value] = field(default_factory=list)
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
-    skeleton: nn.Module | None = None
+    twin: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
     quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
     sink: Sink = field(default_factory=Sink)
@@ -301,9 +302,19 @@ def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = No
         else:
             memo[id(tensor)] = without_data(tensor)
     try:
-        return copy_module(model, memo).eval()
+        return evaluating(copy_module(model, memo))
     except Exception as error:
         raise TraceError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def evaluating(model: nn.Module) -> nn.Module:
+    """What ``model.eval()`` gives, faster: modules that only keep a flag of it are not asked."""
+    modules = [module for _, module in named_modules(model)]
+    if any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in modules):
+        return model.eval()
+    for module in modules:
+        vars(module)["training"] = False
+    return model
 
 
 def first_line(error: BaseException) -> str:

@@ -46,7 +46,7 @@ class Units:
     @functools.cached_property
     def _only(self) -> Labels | None:
         """For each label the unit that holds it, -1 for none; None if some label is held by several."""
-        if (np.diff(self.atom) == 0).any():
+        if self.shared:
             return None
         table = np.full(int(self.atom.max(initial=0)) + 2, -1, np.int64)
         table[self.atom] = self.unit
@@ -55,7 +55,18 @@ class Units:
     @functools.cached_property
     def _starts(self) -> Labels:
         """For each label where its pairs begin, and two ends behind the last label."""
-        return np.searchsorted(self.atom, np.arange(int(self.atom.max(initial=0)) + 3))
+        counts = np.bincount(self.atom, minlength=int(self.atom.max(initial=0)) + 2)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    @functools.cached_property
+    def shared(self) -> list[Labels]:
+        """The units of labels that several hold: for each number of units an array ``[labels, number]``."""
+        if not len(self.atom):
+            return []
+        first = np.flatnonzero(np.concatenate([[True], self.atom[1:] != self.atom[:-1]]))
+        times = np.diff(first, append=len(self.atom))
+        counts = np.flatnonzero(np.bincount(times))
+        return [self.unit[first[times == n][:, None] + np.arange(n)] for n in counts[counts > 1].tolist()]
 
     def on(self, roots: Labels) -> tuple[Labels, Labels]:
         """Every pair of a unit and a position that it holds, on an axis with these final labels.
@@ -98,8 +109,7 @@ def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Ax
     touched[rows.wholes] = False  # wholes go only through their factors
     touched[0] = False
     groups = closed_sets(rows, np.flatnonzero(touched), state.atoms.count)
-    groups = [members for members in groups if present[members].any()]
-    groups = _without_emptying(groups, everywhere)
+    groups = _without_emptying([members for members in groups if present[members].any()], everywhere)
     unit = np.repeat(np.arange(len(alone) + len(groups)), [1] * len(alone) + [len(g) for g in groups])
     atom = np.concatenate([alone, *groups])
     order = np.argsort(atom, kind="stable")
@@ -120,13 +130,12 @@ def _without_emptying(groups: list[Labels], axes: Sequence[Axis]) -> list[Labels
     atom = np.concatenate(groups)
     order = np.argsort(atom, kind="stable")
     number, atom = number[order], atom[order]
+    ends = np.array([(axis.roots[0], axis.roots[-1]) for axis in axes]).ravel()
+    low, high = (np.searchsorted(atom, ends, side).reshape(-1, 2).tolist() for side in ("left", "right"))
     bad: set[int] = set()
-    for axis in axes:
-        low, high = np.searchsorted(atom, axis.roots[0], "left"), np.searchsorted(atom, axis.roots[0], "right")
-        if low == high or not axis.roots.all():
-            continue
-        labels = np.unique(axis.roots)
-        bad.update(n for n in number[low:high].tolist() if np.isin(labels, groups[n]).all())
+    for axis, starts, stops in zip(axes, low, high, strict=True):
+        first, last = (set(number[start:stop].tolist()) for start, stop in zip(starts, stops, strict=True))
+        bad.update(n for n in first & last if np.isin(axis.roots, groups[n]).all())
     return [g for n, g in enumerate(groups) if n not in bad]
 
 
