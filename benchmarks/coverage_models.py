@@ -30,6 +30,7 @@ KINDS = (
     "timm",
     "huggingface",
     "huggingface, more",
+    "huggingface, third",
 )
 
 
@@ -234,6 +235,12 @@ def _huggingface_inputs(form: str) -> dict[str, Tensor]:
         "image and tokens": image | tokens,
         "sound": {"input_values": torch.randn(2, 3200)},
         "spectrum to tokens": {"input_features": torch.randn(2, 80, 32), **answer},
+        "filters": {"input_features": torch.randn(2, 20, 32)},
+        "filters to tokens": {"input_features": torch.randn(2, 40, 80), **answer},
+        "spectrogram": {"input_values": torch.randn(2, 64, 32)},
+        "two frames": {"pixel_values": torch.randn(2, 2, 3, 64, 64)},
+        "video": {"pixel_values": torch.randn(2, 4, 3, 64, 64)},
+        "series": {"past_values": torch.randn(2, 32, 2)},
     }
     return forms[form]
 

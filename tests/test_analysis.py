@@ -287,6 +287,7 @@ def test_a_statistic_or_order_over_an_axis():
                 "cumsum": lambda: x.cumsum(1),
                 "sort": lambda: x.sort(1)[0],
                 "max": lambda: x - x.max(1, keepdim=True)[0],
+                "where": lambda: x - x.max(1, keepdim=True)[1],
                 "select": lambda: x + x[:, 2:3],
                 "prod": lambda: x * x.prod(1, keepdim=True),
                 "index": lambda: x[:, torch.tensor([1, 0, 2, 3, 4, 6, 5])],
@@ -305,7 +306,7 @@ def test_a_statistic_or_order_over_an_axis():
         "roll": "change places by their number",
         "cumsum": "an order over this axis",
         "sort": "an order over this axis",
-        "max": "an extreme and its index",
+        "where": "an extreme and its index",
         "prod": "aten.prod.dim_int over this axis",
         "index": "taken by an index tensor",
         "triangle": "a triangle by position",
@@ -319,7 +320,7 @@ def test_a_statistic_or_order_over_an_axis():
     (coupling,) = selected.couplings.values()  # the position itself stays, the others can go
     assert coupling.places[0].positions.ravel().tolist() == [0, 1, 3, 4, 5, 6]
     assert any(f.reason == "a single position is taken by its number" for f in selected.frozen)
-    for how, statistic in (("softmax", "softmax"), ("mean", "mean")):
+    for how, statistic in (("softmax", "softmax"), ("mean", "mean"), ("max", "max.dim")):
         (coupling,) = analyse(Ordered(how), inputs).couplings.values()
         assert statistic in coupling.statistics[0]
     (coupling,) = analyse(Ordered("norm"), inputs).couplings.values()  # zeros do not change a sum of squares

@@ -271,3 +271,38 @@ def test_heads_with_an_axis_of_their_own_are_cut_and_the_record_is_replayed(head
     assert again.record.checks[0].relative < 1e-12
     assert torch.equal(again.model(x), done.model(x))
     assert done.model.q.shape != model.q.shape
+
+
+class SpatialAttention(Image):
+    """Weighs places by the mean and the largest of their channels (CBAM); or asks which channel is the largest."""
+
+    def __init__(self, asks: bool = False) -> None:
+        super().__init__(12)
+        self.asks, self.weigh = asks, nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        largest, where = x.max(1, keepdim=True)
+        weights = self.weigh(torch.cat([x.mean(1, keepdim=True), where.to(x) if self.asks else largest], 1))
+        return self.end(x * torch.sigmoid(weights))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_channel_is_that_of_those_that_stay(seed):
+    torch.manual_seed(seed)
+    model, x = randomise(SpatialAttention().double(), seed=seed).eval(), image()
+    done = prune(model, x, ratio=0.5, score="random", seed=seed)
+    kept = next(edit for edit in done.record.plan.edits if edit.tensor == "first.weight").index
+    assert len(kept) == 6
+    with torch.no_grad():
+        y = model.first(x)[:, list(kept)]
+        weights = model.weigh(torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1))
+        wanted = (y * torch.sigmoid(weights)).mean((2, 3)) @ model.head.weight[:, list(kept)].T + model.head.bias
+    assert torch.allclose(done.model(x), wanted, atol=1e-13)
+    assert widen(model, x, ratio=2.0).record.checks[0].relative < 1e-12
+
+
+def test_channels_stay_where_the_number_of_the_largest_is_asked_for():
+    analysis = analyse(SpatialAttention(asks=True).double().eval(), image())
+    assert not analysis.couplings
+    assert any("its index" in frozen.reason for frozen in analysis.frozen)

@@ -337,3 +337,26 @@ class Still(nn.Module):
 def test_what_is_refused_says_so(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+class Recurrent(nn.Module):
+    """Has no graph, and keeps what its last run computed of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(5, 6), nn.GRU(6, 7, 2, batch_first=True), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_samples(x)
+        return self.last(self.rnn(torch.tanh(self.first(x)))[0][:, -1])
+
+
+def test_a_gated_recurrent_layer_is_copied_and_cut_after_a_step():
+    torch.manual_seed(0)
+    model, x = Recurrent().double(), torch.randn(3, 4, 5, dtype=torch.float64)
+    gated = morph.gate(model, x)
+    gated.model(x).square().sum().backward()
+    assert torch.equal(copy.deepcopy(gated.model)(x), gated.model(x))
+    masks = {site.name: torch.arange(site.gates) % 3 == 0 for site in gated.sites}
+    student = gated.remove(masks).model
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in model.parameters())

@@ -18,7 +18,17 @@ from morph.errors import EditError
 aten = torch.ops.aten
 _SAME_FORM = {aten.detach, aten.alias, aten.clone, aten._to_copy, aten.lift_fresh, aten.expand, aten.contiguous}
 _RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.unsqueeze, aten.squeeze}
-_MEANS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "aten.mean", "aten.amax", "aten.amin")
+_MEANS = (
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "batch_norm",
+    "aten.mean",
+    "aten.amax",
+    "aten.amin",
+    "aten.max.dim",
+    "aten.min.dim",
+)
 
 
 class Growth:

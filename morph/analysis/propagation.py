@@ -138,6 +138,12 @@ class Propagation:
         items = output if isinstance(output, list | tuple) else [output]
         return [v.shape if isinstance(v, Value) else None for v in items]
 
+    def is_read(self, output: int) -> bool:
+        """Whether anything uses an output of the call at hand."""
+        recording, value = self.recording, self.call.output[output]
+        ends = [*recording.outputs, *recording.outputs_in_training]
+        return value in ends or any(value in call.reads for call in recording.calls[self.number + 1 :])
+
     def value(self, position: int) -> Value:
         """The value that came in as argument number ``position``."""
         found = self.call.args[position]

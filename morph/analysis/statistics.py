@@ -13,6 +13,7 @@ from morph.analysis.table import axes_of, axis_of, on
 from morph.analysis.tags import Tag
 
 aten = torch.ops.aten
+_EXTREMES = {aten.max.dim, aten.min.dim}
 
 
 @on(
@@ -157,6 +158,9 @@ def _(op: Propagation, x: Value, *rest: Any, **_: Any) -> Any:
     if rest and isinstance(rest[0], Value):
         return op.pointwise(op.tag(x), op.tag(rest[0]))
     over = axes_of(rest[0] if rest else None, len(x.shape))
+    if op.call.target in _EXTREMES and not op.is_read(1):  # an extreme alone is that of the positions that stay
+        op.statistic(x, over)
+        return [_reduced(op, x, over)] * 2
     for axis in over:
         op.freeze(op.tag(x).axes[axis], "an extreme and its index over this axis")
     return [_reduced(op, x, over)] * len(op.shapes)

@@ -49,7 +49,10 @@ class GatedModule:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         plain, names = type(self).morph_origin  # type: ignore[attr-defined]
-        return _empty, (plain, names), vars(self)
+        state = dict(vars(self))
+        if isinstance(self, nn.RNNBase):  # it keeps the products that its last run had, and makes them anew in each
+            state["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]
+        return _empty, (plain, names), state
 
 
 @functools.cache
