@@ -313,6 +313,6 @@ def test_a_method_that_no_file_may_name_is_refused_when_it_is_saved(tmp_path):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).frac()
 
-    with pytest.raises(ModelFileError, match="calls the method 'frac', which is not among .*save its state_dict"):
+    with pytest.raises(ModelFileError, match=r"calls the method 'frac', which is not among .*save its state_dict"):
         save_model(Inverting(3, 4), tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
