@@ -306,3 +306,13 @@ def test_a_network_from_a_file_takes_its_inputs_by_name(tmp_path):
         network(image=image, text=text, sound=image)
     with pytest.raises(TypeError, match="text cannot be given so"):
         network(text=text)
+
+
+def test_a_method_that_no_file_may_name_is_refused_when_it_is_saved(tmp_path):
+    class Inverting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).frac()
+
+    with pytest.raises(ModelFileError, match=r"calls the method 'frac', which is not among .*save its state_dict"):
+        save_model(Inverting(3, 4), tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())

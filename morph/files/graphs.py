@@ -115,6 +115,11 @@ def write(graph: fx.Graph, root: nn.Module, constants: dict[str, Tensor]) -> lis
 
 def _target(node: fx.Node) -> str:
     if isinstance(node.target, str):
+        if node.op == "call_method" and node.target not in names.METHODS:
+            raise ModelFileError(
+                f"cannot save the graph: it calls the method {node.target!r}, which is not among those a file may "
+                f"name{_WAY_OUT}"
+            )
         return node.target
     if node.target is getattr:
         return "getattr"
