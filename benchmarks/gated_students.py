@@ -54,7 +54,7 @@ def jobs() -> Iterator[dict[str, Any]]:
     for kl0 in (0.05, 0.1, 0.2, 0.4):
         yield {"way": "kd-weighted", "seed": 0, "weights": "fresh", "options": {"kl0": kl0}}
     for seed in SEEDS:
-        for way in ("kd-weighted", "torch-pruning group norm", "torch-pruning taylor"):
+        for way in ("kd-weighted", "np-weighted", *OTHERS, "kd", "np"):
             yield {"way": way, "seed": seed, "weights": "inherited", "options": {}}
 
 

@@ -14,10 +14,11 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 def draw(table: Rows, sweeps: Rows, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Means as bars and seeds as points; beside them, error against the penalty and against kl0."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
     bars, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2] + [1] * len(sweeps))
     names = list(table)
-    bars.barh(names, [100 * table[n]["error_mean"] for n in names], color="#9db8d9")
+    colours = ["#e3b587" if "inherited" in name else "#9db8d9" for name in names]
+    bars.barh(names, [100 * table[n]["error_mean"] for n in names], color=colours)
     for row, name in enumerate(names):
         errors = [100 * r["error"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name]
         bars.plot(errors, [row] * len(errors), "k.", markersize=5)
