@@ -56,6 +56,9 @@ def jobs() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         for way in ("kd-weighted", "np-weighted", *OTHERS, "kd", "np"):
             yield {"way": way, "seed": seed, "weights": "inherited", "options": {}}
+    for seed in SEEDS:  # as many rounds as weights have seen that a search has trained
+        rounds = {"rounds": SEARCH_ROUNDS + STUDENT_ROUNDS}
+        yield {"way": "torch-pruning taylor", "seed": seed, "weights": "inherited", "options": rounds}
 
 
 class Bench:
@@ -95,17 +98,23 @@ class Bench:
         found: torch.Tensor = torch.load(path, weights_only=True)
         return found
 
+    def _lessons(self, rounds: int) -> tuple[LabelledImages, torch.Tensor]:
+        if rounds == STUDENT_ROUNDS:
+            return self.lessons, self.wanted
+        lessons = augmented_rounds(self.images, rounds)
+        return lessons, logits_of(self.teacher, lessons.images)
+
     def run(self, job: Job) -> Job:
         """Find one student, teach it and test it."""
         start = time.process_time()
         torch.manual_seed(job["seed"])
         inherited = job["weights"] == "inherited"
-        model, facts = self.student(job["way"], job["seed"], job["options"], inherited)
+        options = dict(job["options"])
+        lessons, wanted = self._lessons(options.pop("rounds", STUDENT_ROUNDS))
+        model, facts = self.student(job["way"], job["seed"], options, inherited)
         found = time.process_time()
         size = morph.count(model, self.sample[:1])
-        loss = train(
-            model, self.lessons, self.wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH
-        )
+        loss = train(model, lessons, wanted, DistillationLoss(4.0, label_share=0.1), seed=job["seed"], batch=BATCH)
         error = 1 - top1(model, self.test)
         seconds = {"search_s": round(found - start, 1), "training_s": round(time.process_time() - found, 1)}
         return {"error": error, "loss": loss, "macs": size.macs, "params": size.params, **seconds, **facts}
@@ -225,17 +234,13 @@ def summary(bench: Bench) -> None:
     ]
     groups = defaultdict(list)
     for line in lines:
-        if not line["options"]:
-            groups[f"{line['way']}, {line['weights']} weights"].append(line["error"])
+        if line["options"].keys() <= {"rounds"}:
+            rounds = line["options"].get("rounds")
+            name = f"{line['way']}, {line['weights']} weights" + (f", {rounds} rounds" if rounds else "")
+            groups[name].append(line)
     table = {
-        name: {
-            **spread(values),
-            "macs": [r["macs"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name],
-            "params": [
-                r["params"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name
-            ],
-        }
-        for name, values in sorted(groups.items(), key=lambda item: statistics.mean(item[1]))
+        name: {**spread([line["error"] for line in group]), "runs": group}
+        for name, group in sorted(groups.items(), key=lambda item: statistics.mean(r["error"] for r in item[1]))
     }
     facts = {
         "teacher": TEACHER,
@@ -245,9 +250,14 @@ def summary(bench: Bench) -> None:
         f"{STUDENT_ROUNDS} rounds of {IMAGES:,}; tested on 10,000",
     }
     varied = sweeps(lines)
-    path = save("gated_students", {**facts, "table": table, "sweeps": varied, "runs": lines})
-    draw(table, varied, lines, path.parent.parent / "pictures" / "gated_students.png")
-    print(json.dumps(table, indent=1), path, sep="\n")
+    means = {
+        name: {k: v for k, v in row.items() if k != "runs"}
+        | {k: [r[k] for r in row["runs"]] for k in ("macs", "params")}
+        for name, row in table.items()
+    }
+    path = save("gated_students", {**facts, "table": means, "sweeps": varied, "runs": lines})
+    draw(table, varied, path.parent.parent / "pictures" / "gated_students.png")
+    print(json.dumps(means, indent=1), path, sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-def draw(table: Rows, sweeps: Rows, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw(table: Rows, sweeps: Rows, path: Path) -> None:
     """Means as bars and seeds as points; beside them, error against the penalty and against kl0."""
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     bars, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2] + [1] * len(sweeps))
@@ -20,10 +20,10 @@ def draw(table: Rows, sweeps: Rows, lines: Sequence[Mapping[str, Any]], path: Pa
     colours = ["#e3b587" if "inherited" in name else "#9db8d9" for name in names]
     bars.barh(names, [100 * table[n]["error_mean"] for n in names], color=colours)
     for row, name in enumerate(names):
-        errors = [100 * r["error"] for r in lines if not r["options"] and f"{r['way']}, {r['weights']} weights" == name]
+        errors = [100 * run["error"] for run in table[name]["runs"]]
         bars.plot(errors, [row] * len(errors), "k.", markersize=5)
     bars.invert_yaxis()
-    lowest = min(100 * r["error"] for r in lines)
+    lowest = min(100 * run["error"] for row in table.values() for run in row["runs"])
     bars.set_xlim(left=max(0.0, lowest - 3))
     bars.set_xlabel("test error, % (a point for each seed; does not begin at zero)")
     for axes, (name, sweep) in zip(others, sweeps.items(), strict=True):

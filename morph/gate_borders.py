@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from morph.analysis.atoms import Labels
 from morph.analysis.borders import Border
+from morph.in_place import IN_PLACE
 from morph.readers import Graphed, Reader
 
 _BORDER = "morph_border_"
@@ -63,7 +64,9 @@ def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node writes over what it reads."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return bool(
-        getattr(module, "inplace", False) or node.kwargs.get("inplace") or (module is None and name.endswith("_"))
+        getattr(module, "inplace", False)
+        or node.kwargs.get("inplace")
+        or (module is None and (name.endswith("_") or node.target in IN_PLACE))
     )
 
 

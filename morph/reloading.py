@@ -7,13 +7,20 @@ from typing import Any
 
 from torch import fx, nn
 
+from morph.in_place import InPlaceProxy, write_in_place
+
 
 class Reloaded(fx.Tracer):
     """Keeps each function that the code of the graph names as one node, as it was; torch puts it to use by itself."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Of a kind that knows of assignments in place."""
+        return InPlaceProxy(node, self)
 
     def trace(self, root: nn.Module | types.FunctionType, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """The graph of the code of ``root``."""
         code: Any = type(root).forward if isinstance(root, nn.Module) else root
         named = [f for f in code.__globals__.values() if isinstance(f, types.FunctionType)]
         self._autowrap_function_ids.update(map(id, named))
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        return write_in_place(graph, self.root)

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from morph.errors import SymbolicTraceError, TraceError
+from morph.in_place import InPlaceProxy, write_in_place
 from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
 from morph.reloading import Reloaded
@@ -79,6 +80,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.record_stack_traces = lines
         self.outputs: dict[str, list[str]] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _ConvNd | nn.MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
@@ -185,7 +189,7 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
     """
     tracer = _Tracer(lines)
     try:
-        graph = tracer.trace(root)
+        graph = write_in_place(tracer.trace(root), root)
     except Exception as error:
         where = place_of(error)
         raise SymbolicTraceError(

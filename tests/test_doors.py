@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "atomic",
     "inputs",
+    "in_place",
     "unfused",
     "attention",
     "label_heads",

@@ -14,6 +14,7 @@ from morph.errors import ModelFileError, UnsafeFileError
 from morph.files import names, values
 from morph.files.spec import Json, NodeSpec
 from morph.files.values import Found, NotPlainError, Scope
+from morph.in_place import InPlaceProxy, write_in_place
 
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 
@@ -27,6 +28,9 @@ class _Tracer(fx.Tracer):
     """Keeps modules of known classes whole and records what is read from buffers."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return known_throughout(m)
@@ -69,7 +73,7 @@ def _trace(module: nn.Module, training: bool, constants: dict[str, Tensor]) -> l
             f"which would be lost{_WAY_OUT}"
         )
     try:
-        graph = _Tracer().trace(root)
+        graph = write_in_place(_Tracer().trace(root), root)
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise ModelFileError(

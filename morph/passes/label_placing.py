@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from morph.errors import PlanMismatchError
+from morph.in_place import writes
 from morph.label_heads import MultiChannelHead, VotingHead
 
 
@@ -86,7 +87,7 @@ def _rewire(model: nn.Module, name: str, head: nn.Module, source: str, node: str
     with model.graph.inserting_after(nodes[source]):
         called = model.graph.call_module(name, (nodes[source],))
     nodes[node].replace_all_uses_with(called)
-    model.graph.eliminate_dead_code()
+    model.graph.eliminate_dead_code(writes)
     model.graph.lint()
     model.delete_all_unused_submodules()
     model.recompile()
