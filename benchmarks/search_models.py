@@ -5,8 +5,9 @@
 
 Teachers are torchvision's resnet18 and mobilenet_v2, of whose strides at the beginning only the first is kept, and its
 VisionTransformer with patches of 4, four layers and a width of 96, trained on CIFAR-10 at 16x16. Each way gives a
-student of the same share of the teacher's multiply-adds; every student starts from fresh weights and is distilled on
-the same images with the same numbers: temperature 4, a tenth of the labels' cross-entropy (Gu and Tresp, section 4.2).
+student of the same share of the teacher's multiply-adds; every student starts from fresh weights (in rows that say so,
+from those that it inherits) and is distilled on the same images with the same numbers: temperature 4, a tenth of the
+labels' cross-entropy (Gu and Tresp, section 4.2).
 The transformer's share is larger, since gates stand in its feed-forward parts alone and leave more than a third of it
 even if all are closed.
 """
@@ -92,6 +93,8 @@ def jobs() -> Iterator[Job]:
         for model in MODELS:
             for way in WAYS:
                 yield {"model": model, "way": way, "seed": seed}
+                if seed == 0:
+                    yield {"model": model, "way": way, "seed": seed, "weights": "inherited"}
 
 
 class Bench:
@@ -123,7 +126,7 @@ class Bench:
         teacher, wanted = self.known[name]
         start = time.process_time()
         torch.manual_seed(seed)
-        model, facts = self.student(name, job["way"], seed, teacher)
+        model, facts = self.student(name, job["way"], seed, teacher, inherit=job.get("weights") == "inherited")
         found = time.process_time()
         size = morph.count(model, self.sample[:1])
         loss = train(model, self.lessons, wanted, DistillationLoss(4.0, label_share=0.1), MODELS[name], seed)
@@ -145,12 +148,15 @@ class Bench:
             torch.save(teacher.state_dict(), path)
         return teacher.eval()
 
-    def student(self, name: str, way: str, seed: int, teacher: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    def student(
+        self, name: str, way: str, seed: int, teacher: nn.Module, *, inherit: bool
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """A student found in one way, and what is known of how."""
         target = MODELS[name].share * morph.count(teacher, self.sample[:1]).macs
         if way == "kd-weighted":
             data, rate = Augmented(self.images, 2), MODELS[name].search_lr
             numbers: dict[str, Any] = {"epochs": SEARCH_ROUNDS, "batch_size": BATCH, "seed": seed, "lr": rate}
+            numbers["inherit"] = inherit
             record = (found := morph.search_student(teacher, data, target_macs=target, **numbers)).record.to_json()
             told = ("steps", "forced", "gates_open", "gates_total", "max_abs_diff", "weights", "ungated")
             gone = {"thin": len(record["thin"]), "branches_gone": len(record["branches_gone"])}
@@ -160,7 +166,8 @@ class Bench:
             model, facts = cut.model, {"max_abs_diff": cut.record.to_json()["max_abs_diff"]}
         else:
             model, facts = self._peer(name, way.split(" ", 1)[1], target, teacher), {}
-        reinitialise(model, seed)
+        if not inherit:
+            reinitialise(model, seed)
         return model, facts
 
     def _peer(self, name: str, importance: str, target: float, teacher: nn.Module) -> nn.Module:
@@ -222,7 +229,9 @@ def summary(bench: Bench) -> None:
     lines = results_in(bench.work / "jobs")
     groups = defaultdict(list)
     for line in lines:
-        groups[line["model"], line["way"]].append(line)
+        inherited = not line.get("weights", "drawn").startswith("drawn")  # a search says in words how they were drawn
+        way = line["way"] + (", inherited weights" if inherited else "")
+        groups[line["model"], way].append(line)
     teachers, table = {}, {}
     for name in dict.fromkeys(line["model"] for line in lines):
         teacher = bench.teacher(name)
