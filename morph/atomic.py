@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from morph.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: what a killed process left behind stays
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_writable(path: Path, *, force: bool = False) -> None:
@@ -32,7 +38,8 @@ def check_writable(path: Path, *, force: bool = False) -> None:
 def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary file beside ``path`` that takes its name when the block ends well, and vanishes otherwise.
 
-    The temporary file keeps the suffix of ``path``, so writers that look at suffixes work on it.
+    The temporary file keeps the suffix of ``path``, so writers that look at suffixes work on it. One that a killed
+    process left behind vanishes when the same ``path`` is written again.
 
     Args:
         path: Where the result shall stand.
@@ -44,8 +51,12 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     check_writable(path, force=force)
     mask = os.umask(0)
     os.umask(mask)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    prefix = f".{path.stem}.morph-"
+    _remove_orphans(path.parent, prefix, path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+    locked = _lock(handle)
+    if not locked:
+        os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
@@ -59,6 +70,31 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
         raise OutputError(str(error).replace(str(temporary), str(path))) from error
     finally:
         temporary.unlink(missing_ok=True)
+        if locked:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file until it is closed or its process ends, however that ends; false where this cannot be done."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_orphans(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove temporary files whose process was killed: those that nobody holds a lock on."""
+    for orphan in folder.glob(f"{glob.escape(prefix)}*{glob.escape(suffix)}"):
+        try:
+            handle = os.open(orphan, os.O_RDWR)
+        except OSError:  # gone by now, or not ours
+            continue
+        if _lock(handle):
+            orphan.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -47,6 +49,37 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path):
         temporary.write_text("ha")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from morph.atomic import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    path = tmp_path / "a[1].txt"
+    (tmp_path / ".a[1].txt").write_text("the user's own")
+    (tmp_path / ".b.morph-12345678.txt").write_text("of another file")
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=-1, stdout=-1) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        (half,) = set(tmp_path.glob(".a*")) - {tmp_path / ".a[1].txt"}
+        write_text(path, "whole")
+        assert half.read_text() == "half"  # its process lives
+        writer.kill()
+    assert half.exists()
+    write_text(path, "again", force=True)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        ".a[1].txt": "the user's own",
+        ".b.morph-12345678.txt": "of another file",
+        "a[1].txt": "again",
+    }
 
 
 def test_places_that_cannot_be_written(tmp_path):
