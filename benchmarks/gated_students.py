@@ -41,7 +41,7 @@ TEACHER, SHARE = "densenet-bc-22-12", 0.3
 IMAGES, SEARCH_ROUNDS, STUDENT_ROUNDS, TEACHER_ROUNDS, BATCH = 20_000, 4, 8, 8, 64
 SEARCHES = ("kd-weighted", "kd", "np-weighted", "np")
 OTHERS = ("uniform", "random", "torch-pruning group norm", "torch-pruning taylor")
-SEEDS = (0, 1, 2)
+SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4, 5)
 
 
 def jobs() -> Iterator[dict[str, Any]]:
@@ -59,6 +59,10 @@ def jobs() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:  # as many rounds as weights have seen that a search has trained
         rounds = {"rounds": SEARCH_ROUNDS + STUDENT_ROUNDS}
         yield {"way": "torch-pruning taylor", "seed": seed, "weights": "inherited", "options": rounds}
+    for seed in MORE_SEEDS:  # which of the two weighted searches is first
+        for weights in ("fresh", "inherited"):
+            for way in ("kd-weighted", "np-weighted"):
+                yield {"way": way, "seed": seed, "weights": weights, "options": {}}
 
 
 class Bench:
