@@ -86,8 +86,9 @@ class Recorder(TorchDispatchMode):
         hooks: list[Any] = []
         self.recording.quick = []
         try:
-            with self.afterwards(self.model), torch.no_grad(), plain_attention():
-                for path, module in named_modules(self.model):
+            with self.afterwards(self.model) as kept, torch.no_grad(), plain_attention():
+                self.recording.kept = self.recording.kept or kept  # the first run is that in evaluation mode
+                for path, module in kept.modules if kept else named_modules(self.model):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
                 self.recording.sink.take = self._take
