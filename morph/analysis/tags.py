@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,7 @@ def tags_in(tree: Any) -> list[Tag]:
     return collect(tree, Tag, [])
 
 
+@functools.cache
 def operator_name(target: Any) -> str:
     """Name of an operator for messages: ``aten.add.Tensor`` or the name of a class."""
     return target.__name__ if isinstance(target, type) else str(target)
