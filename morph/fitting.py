@@ -97,7 +97,6 @@ class Fitter:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
         self.base = analysis.recording.twin or evaluating(copy_module(model))
-        self.kept = analysis.recording.kept if analysis.recording.twin else None
         self.lengths: tuple[Labels, dict[int, int]] | None = None
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
@@ -163,7 +162,7 @@ class Fitter:
     @contextmanager
     def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
         """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.base, self.kept):
+        with put_back(self.base, self.analysis.recording.kept):
             resize_own(self.base, edits)
             set_sizes(self.base, attributes)
             yield self.base

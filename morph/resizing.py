@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import Modules, named_modules, tensors_in
+from morph.analysis.recording import Modules, bare, named_modules, tensors_in
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.plan import Resize, SetAttribute, SetConfig
@@ -96,7 +96,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
         shape = list(tensor.shape)
         for edit in edits:
             shape[edit.axis] = len(edit.index)
-        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return bare(shape, tensor.dtype)
     known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
     if tensor.device.type != "cpu":
         known = {axis: index.to(tensor.device) for axis, index in known.items()}

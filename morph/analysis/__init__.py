@@ -16,7 +16,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.grouping import group_units, list_frozen
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
-from morph.analysis.recording import How, Inputs, Recording, Value, named_tensors
+from morph.analysis.recording import How, Inputs, Recording, Value, tensors_in
 from morph.analysis.rules import RULES
 from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
@@ -147,7 +147,7 @@ class Analysis:
 
     def sizes(self, choice: Choice | None = None) -> Sizes:
         """Parameters and multiply-adds after dropping ``choice``; as it is without one."""
-        return count_sizes(self, self.times(choice or {}))
+        return count_sizes(self, self.times(choice) if choice else None)
 
     def cut(self, choice: Choice) -> Plan:
         """The edits that drop ``choice``.
@@ -197,9 +197,10 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
             (TorchScript, compiled, lazy, weights computed by hooks); names the module.
         AnalysisError: If a rule does not fit its operator.
     """
-    admit(model, inputs)
-    recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
-    return analysis_of(recording, frozenset([name for name, _ in named_tensors(model, ("_parameters",))]))
+    modules = admit(model, inputs)
+    whole = tuple(t for t in USER_RULES if isinstance(t, type))
+    recording = record(model, inputs, whole, with_data=with_data, modules=modules)
+    return analysis_of(recording, frozenset([name for name, _ in tensors_in(modules, ("_parameters",))]))
 
 
 def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
@@ -233,10 +234,13 @@ def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
     )
 
 
-def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) -> Sizes:
-    """Parameters and multiply-adds when each label is there ``times`` times and the tensors ``gone`` are not at all."""
+def count_sizes(analysis: Analysis, times: Labels | None, gone: Container[str] = ()) -> Sizes:
+    """Parameters and multiply-adds when each label is there ``times`` times and the tensors ``gone`` are not at all.
+
+    Without ``times`` each label is there once.
+    """
     state = analysis.state
-    lengths = analysis.lengths(times)
+    lengths = {} if times is None else analysis.lengths(times)
 
     def new(value: Value) -> list[int]:
         return [length_of(roots, lengths) for roots in analysis.roots(value)]

@@ -102,7 +102,7 @@ class Recording:
         shared: Names of parameters or buffers that share memory with another one of a different form.
         twin: The copy that was run, without data where ``traced`` says shapes; None if a run
             in training mode may have changed its data.
-        kept: What the modules of ``twin`` are before and after the run.
+        kept: What the modules of ``twin`` are, before and after the run.
         whole: Module classes that were recorded as one call.
         quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
         sink: Told by these forwards what they would have called.
