@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import Modules, bare, named_modules, tensors_in
+from morph.analysis.recording import bare
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
+from morph.module_tree import Modules, module_at, named_modules, tensors_in
 from morph.plan import Resize, SetAttribute, SetConfig
 from morph.tracing import evaluation
 
@@ -140,9 +141,8 @@ def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
     Raises:
         PlanMismatchError: If a module or its attribute is not what the plan was made for.
     """
-    modules = dict(named_modules(model, remove_duplicate=False)) if edits else {}
     for edit in edits:
-        module = modules.get(edit.module)
+        module = module_at(model, edit.module)
         present = getattr(module, edit.attribute, None)
         if module is None or present != edit.value:
             raise PlanMismatchError(
