@@ -99,7 +99,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
             shape[edit.axis] = len(edit.index)
         return bare(shape, tensor.dtype)
     known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         known = {axis: index.to(tensor.device) for axis, index in known.items()}
     result = _selected(tensor, known)
     for edit in edits:
@@ -107,7 +107,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
             scale = torch.tensor(edit.scale, dtype=torch.float64, device=tensor.device)
             shaped = scale.reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
             result = (result.double() * shaped).to(tensor.dtype)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+    if not tensor.is_contiguous() and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return result.contiguous(memory_format=torch.channels_last)
     return result.contiguous()
 

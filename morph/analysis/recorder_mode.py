@@ -95,8 +95,12 @@ class Recorder(TorchDispatchMode):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
                 self.recording.sink.take = self._take
-                with self:
-                    output = self.runner(*args, **kwargs)
+                try:
+                    with self:
+                        output = self.runner(*args, **kwargs)
+                finally:  # quicker than to put them back one by one
+                    for attributes, _ in self.recording.quick:
+                        attributes.pop("forward", None)
         finally:
             self.recording.sink.take = Sink.nowhere
             for handle in hooks:
