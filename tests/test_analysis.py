@@ -433,6 +433,8 @@ def test_atoms_of_whole_vectors_against_a_slow_union_find():
             lowest[root(i)] = min(reason, lowest.get(root(i), reason))
         assert atoms.roots().tolist() == [0 if root(i) in lowest else root(i) for i in range(len(above))]
         assert atoms.pinned_by(np.arange(len(above))).tolist() == [lowest.get(root(i), -1) for i in range(len(above))]
+        reasons = [lowest.get(root(i), -1) for block in blocks[3:] for i in block.tolist()]
+        assert atoms.count_pinned(blocks[3:], 40) == [reasons.count(pin) for pin in range(40)]
         forms = Forms(atoms)
         for labels in [*blocks, *[block[::-1] for block in blocks]]:
             assert np.array_equal(forms.of(labels), atoms.find(labels))

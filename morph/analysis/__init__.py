@@ -112,8 +112,10 @@ class Analysis:
         Raises:
             AnalysisError: If a coupling or unit does not exist.
         """
-        if not choice:
-            return np.ones(self.state.atoms.count, np.int64)
+        return self._final_times(choice, factor)[self.state.final]
+
+    def _final_times(self, choice: Choice, factor: int = 0) -> Labels:
+        """What `times` gives, for final labels only."""
         chosen = np.zeros(self.units.count, bool)
         for name, numbers in choice.items():
             if name not in self.couplings:
@@ -125,7 +127,7 @@ class Analysis:
             chosen[self.numbers[name][units]] = True
         times = np.ones(self.state.atoms.count, np.int64)
         times[self.units.atom[chosen[self.units.unit]]] = factor
-        return times[self.state.final]
+        return times
 
     @functools.cached_property
     def _joined(self) -> tuple[Labels, Labels]:
@@ -143,14 +145,14 @@ class Analysis:
 
     def emptied(self, choice: Choice) -> list[Axis]:
         """Axes of tensors that would lose their last position."""
-        return self._emptied(self.lengths(self.times(choice)))
+        return self._emptied(self.lengths(self._final_times(choice)))
 
     def _emptied(self, lengths: Mapping[int, int]) -> list[Axis]:
         return [axis for axis in self.axes if not lengths[id(axis.roots)]]
 
     def sizes(self, choice: Choice | None = None) -> Sizes:
         """Parameters and multiply-adds after dropping ``choice``; as it is without one."""
-        return count_sizes(self, self.times(choice) if choice else None)
+        return count_sizes(self, self._final_times(choice) if choice else None)
 
     def cut(self, choice: Choice) -> Plan:
         """The edits that drop ``choice``.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -74,11 +77,22 @@ class Atoms:
         """The representative of every atom, by its number."""
         return self.find(slice(0, self.count))
 
-    def pinned_by(self, labels: Labels | slice) -> Labels:
+    def pinned_by(self, labels: Labels) -> Labels:
         """The number of the reason for which each label is pinned; -1 for those that are free or have none."""
         self._settle()
         numbers = self._pin[self._root(labels)]
         return np.where(numbers >= _SILENT, -1, numbers)
+
+    def count_pinned(self, vectors: Iterable[Labels], pins: int) -> list[int]:
+        """How many labels of some vectors, as `new` gave them, are pinned for each of the reasons before ``pins``."""
+        times = collections.Counter(map(self.block, vectors))  # vectors that are one have the same reasons
+        labels = [self._blocks[number] for number in times]
+        if not labels:
+            return [0] * pins
+        numbers = self.pinned_by(np.concatenate(labels))
+        weights = np.repeat(list(times.values()), [len(some) for some in labels])
+        counts = np.bincount(numbers + 1, weights, pins + 1)  # exact: whole numbers
+        return [int(n) for n in counts[1 : pins + 1]]
 
     def _settle(self) -> None:
         """Do what was kept."""

@@ -40,7 +40,7 @@ class Propagation:
     pinned: list[Pinned] = field(default_factory=list)
     parts: dict[int, dict[int, tuple[int, Labels]]] = field(default_factory=dict)  # see `takes_part`
     number: int = -1
-    named: int = 0
+    named: list[Labels] = field(default_factory=list)
     _zeros: dict[int, Labels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -258,8 +258,7 @@ def _freezes_wholes(state: Propagation) -> bool:
 
 def _pinned(state: Propagation) -> list[Pinned]:
     """How many positions of parameters each pin has pinned; of several pins of a label the first counts."""
-    numbers = state.atoms.pinned_by(slice(1, state.named))
-    counts = np.bincount(numbers[numbers >= 0], minlength=len(state.pins)).tolist()
+    counts = state.atoms.count_pinned(state.named, len(state.pins))
     return [Pinned(pin.call, pin.reason, count) for pin, count in zip(state.pins, counts, strict=True)]
 
 
@@ -280,7 +279,7 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
             wholes
         ):  # such as a head that only training uses: what it hangs together with is not seen
             state.freeze_all(state.tags[value.number], "not used in this run")
-    state.named = state.atoms.count
+    state.named = list(state.fresh_labels.values())
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
     for number, call in enumerate(recording.calls):
