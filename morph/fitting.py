@@ -162,7 +162,7 @@ class Fitter:
     @contextmanager
     def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
         """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.base):
+        with put_back(self.base, self.analysis.recording.kept):
             resize_own(self.base, edits)
             set_sizes(self.base, attributes)
             yield self.base
@@ -220,9 +220,9 @@ class Fitter:
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""
         if self.lengths is None or self.lengths[0] is not times:
-            self.lengths = (times, {})
-        known = self.lengths[1]
-        return tuple([length_of(roots, times, known) for roots in self.analysis.roots(value)])
+            self.lengths = (times, self.analysis.lengths(times))
+        lengths = self.lengths[1]
+        return tuple([length_of(roots, lengths) for roots in self.analysis.roots(value)])
 
     def _candidates(
         self, misfit: Misfit, chosen: list[SizeEdit], times: Labels
