@@ -14,15 +14,16 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from morph.analysis import Analysis, length_of
+from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.following import floats_in, follows, same_data
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Recording, Value, evaluating, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Recording, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
+from morph.module_tree import module_at
 from morph.plan import FreeAttention, Resize, SetAttribute
 from morph.resizing import resize_own, told
 
@@ -162,7 +163,7 @@ class Fitter:
     @contextmanager
     def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
         """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.base, self.analysis.recording.kept):
+        with put_back(self.analysis.recording.kept or Kept(named_modules(self.base))):
             resize_own(self.base, edits)
             set_sizes(self.base, attributes)
             yield self.base
@@ -221,8 +222,7 @@ class Fitter:
         """The shape that a tensor must have after the cut."""
         if self.lengths is None or self.lengths[0] is not times:
             self.lengths = (times, self.analysis.lengths(times))
-        lengths = self.lengths[1]
-        return tuple([length_of(roots, lengths) for roots in self.analysis.roots(value)])
+        return self.analysis.shape(value, self.lengths[1])
 
     def _candidates(
         self, misfit: Misfit, chosen: list[SizeEdit], times: Labels
@@ -283,10 +283,9 @@ class Fitter:
 def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
     """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
     found: dict[str, SetAttribute] = {}
-    modules = dict(named_modules(base, remove_duplicate=False)) if analysis.state.groups else {}
     for number, labels in analysis.state.groups.items():
         path = analysis.recording.calls[number].module
-        module = modules.get(path)
+        module = module_at(base, path)
         attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
         old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
         if new != old and isinstance(module, _ConvNd | nn.GroupNorm):

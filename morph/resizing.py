@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import Modules, bare, named_modules, tensors_in
+from morph.analysis.recording import bare
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
+from morph.module_tree import Modules, module_at, named_modules, tensors_in
 from morph.plan import Resize, SetAttribute, SetConfig
 from morph.tracing import evaluation
 
@@ -98,7 +99,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
             shape[edit.axis] = len(edit.index)
         return bare(shape, tensor.dtype)
     known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         known = {axis: index.to(tensor.device) for axis, index in known.items()}
     result = _selected(tensor, known)
     for edit in edits:
@@ -106,7 +107,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
             scale = torch.tensor(edit.scale, dtype=torch.float64, device=tensor.device)
             shaped = scale.reshape([-1 if a == edit.axis else 1 for a in range(tensor.dim())])
             result = (result.double() * shaped).to(tensor.dtype)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+    if not tensor.is_contiguous() and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return result.contiguous(memory_format=torch.channels_last)
     return result.contiguous()
 
@@ -140,9 +141,8 @@ def set_attributes(model: nn.Module, edits: Sequence[SetAttribute]) -> None:
     Raises:
         PlanMismatchError: If a module or its attribute is not what the plan was made for.
     """
-    modules = dict(named_modules(model, remove_duplicate=False)) if edits else {}
     for edit in edits:
-        module = modules.get(edit.module)
+        module = module_at(model, edit.module)
         present = getattr(module, edit.attribute, None)
         if module is None or present != edit.value:
             raise PlanMismatchError(

@@ -58,7 +58,7 @@ def followed(model, inputs):
     analysis, edits, times = cut_of(model, inputs)
     fitter = Fitter(model, inputs, analysis)
     recording = analysis.recording
-    with put_back(recording.twin):
+    with put_back(recording.kept):
         resize_own(recording.twin, edits)
         result = follows(recording.twin, inputs, recording, lambda v: fitter.shape(v, times))
     assert all("forward" not in vars(m) for m in recording.twin.modules())

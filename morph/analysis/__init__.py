@@ -26,7 +26,7 @@ from morph.errors import AnalysisError
 from morph.garbage import uncollected
 from morph.plan import Plan, Resize
 
-__all__ = ["Analysis", "Sizes", "analyse", "analysis_of", "count_sizes", "length_of"]
+__all__ = ["Analysis", "Sizes", "analyse", "analysis_of", "count_sizes"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class Analysis:
         for name, value in self.recording.sources.items():
             if name in self.parameters and 0 not in value.shape:
                 size = math.prod(value.shape)
-                kept = math.prod([length_of(roots, lengths) for roots in self.roots(value)])
-                total, free = total + size, free + size - kept
+                total, free = total + size, free + size - math.prod(self.shape(value, lengths))
         return free / total if total else 0.0
 
     def roots(self, value: Value) -> list[Labels]:
@@ -93,6 +92,10 @@ class Analysis:
         if found is None:
             found = self._known[value.number] = [self.state.forms.of(labels) for labels in self.state.tag(value).axes]
         return found
+
+    def shape(self, value: Value, lengths: Mapping[int, int]) -> tuple[int, ...]:
+        """The shape that a tensor will have, by `lengths`; axes that are not in there stay as they are."""
+        return tuple([lengths.get(id(roots), len(roots)) for roots in self.roots(value)])
 
     def runs(self, coupling: Coupling) -> bool:
         """Whether evaluation uses a parameter that a coupling lies on; some are only there for training."""
@@ -131,7 +134,7 @@ class Analysis:
         return np.concatenate([axis.roots for axis in self.axes]), np.cumsum([0, *lengths[:-1]])
 
     def lengths(self, times: Labels) -> dict[int, int]:
-        """How many positions each of `axes` will have, by the identity of its final labels; see `length_of`."""
+        """How many positions each of `axes` will have, by the identity of its final labels."""
         if not self.axes:
             return {}
         roots, starts = self._joined
@@ -242,8 +245,8 @@ def count_sizes(analysis: Analysis, times: Labels | None, gone: Container[str] =
     state = analysis.state
     lengths = {} if times is None else analysis.lengths(times)
 
-    def new(value: Value) -> list[int]:
-        return [length_of(roots, lengths) for roots in analysis.roots(value)]
+    def new(value: Value) -> tuple[int, ...]:
+        return analysis.shape(value, lengths) if lengths else value.shape
 
     params = sum(
         math.prod(new(value))
@@ -265,8 +268,3 @@ def count_sizes(analysis: Analysis, times: Labels | None, gone: Container[str] =
         else:
             macs += math.prod(new(call.output)) * new(weight)[axis]
     return Sizes(params, macs)
-
-
-def length_of(roots: Labels, lengths: Mapping[int, int]) -> int:
-    """How many positions an axis with these final labels will have, by `Analysis.lengths`: those not there stay."""
-    return lengths.get(id(roots), len(roots))

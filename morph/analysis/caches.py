@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from morph.module_tree import named_modules
+
 _Cached = type(functools.lru_cache(lambda: None))
 _near: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +41,7 @@ def without_kept(model: nn.Module) -> nn.Module:
 
     Those that keep such tensors empty them when training begins (LeViT); their flags are as they were afterwards.
     """
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for _, module in named_modules(model)]
     if any(type(module).train is not nn.Module.train for module, _ in flags):
         was = model.training
         model.train()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from morph.analysis.atoms import Labels
+from morph.analysis.atoms import Atoms, Labels
 from morph.analysis.propagation import Propagation
 
 _AT_ONCE = 512  # labels whose sets are found together: few, because a set can be as large as the model
@@ -70,7 +70,8 @@ class _Reach:
     """
 
     def __init__(self, rows: Rows, count: int) -> None:
-        self.count = count
+        self.count, self.wholes = count, rows.wholes
+        self.relation = np.repeat(np.arange(len(rows.factors)), np.diff(rows.bounds))
         width = max((len(f) for f in rows.factors), default=0)
         self.factors = np.zeros((len(rows.wholes), width), np.int64)
         for factors, start in zip(rows.factors, rows.bounds, strict=False):
@@ -80,6 +81,38 @@ class _Reach:
         self.above = _Lists(pairs[0], pairs[1], count)
         order = np.argsort(rows.wholes, kind="stable")
         self.rows = _Lists(rows.wholes[order], order, count)
+
+    def components(self, seeds: Labels) -> dict[int, Labels]:
+        """The closed sets of those seeds for which it is all that hangs together by innermost factors.
+
+        So it is where all that hangs together is the innermost factor wherever it is one, and where no other factor
+        loses all its wholes with it: then nothing but innermost factors can be chosen, and each leads to all others.
+        A channel shuffle is like that.
+
+        Returns:
+            The labels of the set, ascending, by the seed.
+        """
+        every = np.arange(len(self.wholes))
+        last = self.factors.shape[1] - 1 - (self.factors[:, ::-1] != 0).argmax(1)
+        together = Atoms()
+        together.new(self.count - 1)
+        together.union(self.factors[every, last], self.wholes)
+        root = together.roots()
+        outer = self.factors.copy()
+        outer[every, last] = 0
+        row, place = np.nonzero(outer)
+        bad = np.zeros(self.count, bool)
+        bad[root[outer[row, place]]] = bad[0] = True
+        factor = (self.relation[row] * outer.shape[1] + place) * self.count + outer[row, place]
+        _, number = np.unique(factor, return_inverse=True)
+        low, high = np.full(len(row), self.count), np.zeros(len(row), np.int64)
+        np.minimum.at(low, number, root[self.wholes[row]])
+        np.maximum.at(high, number, root[self.wholes[row]])
+        bad[low[low == high]] = True
+        order = np.argsort(root, kind="stable")
+        start, end = (np.searchsorted(root[order], root[seeds], side) for side in ("left", "right"))
+        spans = zip(seeds.tolist(), start.tolist(), end.tolist(), bad[root[seeds]].tolist(), strict=True)
+        return {seed: order[first:stop] for seed, first, stop, no in spans if not no}
 
     def of(self, seeds: Labels) -> tuple[list[Labels], Labels]:
         """The closed set of each seed, without those in which something can never go; and the seeds with a choice."""
@@ -205,8 +238,8 @@ class _Closure:
             if not any(known == row for known, _ in rows):
                 rows.append((row, number))
 
-    def of(self, seed: int) -> frozenset[int] | None:
-        """The closed set of ``seed``; None if something in it can never go."""
+    def of(self, seed: int) -> Labels | None:
+        """The closed set of ``seed``, ascending; None if something in it can never go."""
         gone: set[int] = set()
         unmet: collections.deque[Iterator[Constraint]] = collections.deque()
         todo = [seed]
@@ -230,24 +263,29 @@ class _Closure:
                     choice = self._choose(*broken, gone)
                     chosen.add(choice)
                     todo.append(choice)
-        return frozenset(gone)
+        return np.sort(np.fromiter(gone, np.int64, len(gone)))
 
     def _choose(self, factors: tuple[int, ...], number: int, gone: set[int]) -> int:
         """Which factor goes when a whole had to: one all of whose wholes are gone, else the innermost that can go."""
-        for k, factor in enumerate(factors):
+        last = max((k for k, factor in enumerate(factors) if factor), default=0)
+        for k, factor in enumerate(factors[:last]):
             if factor and gone.issuperset(self.of_factor[number][k][factor]):
                 return factor
-        return next((f for f in reversed(factors) if f), 0)
+        return factors[last]
 
 
 def closed_sets(rows: Rows, seeds: Labels, count: int) -> list[Labels]:
     """The closed set of each seed, without those in which something can never go; each set once."""
     if not len(seeds):
         return []
-    sets, left = _Reach(rows, count).of(seeds)
+    reach = _Reach(rows, count)
+    sets, left = reach.of(seeds)
     if len(left):
+        known = reach.components(left)
         closure = _Closure(rows)
-        closed = [closure.of(seed) for seed in left.tolist()]
-        sets += [np.sort(np.fromiter(c, np.int64, len(c))) for c in closed if c is not None]
+        for seed in left.tolist():
+            members = known[seed] if seed in known else closure.of(seed)
+            if members is not None:
+                sets.append(members)
     sets.sort(key=lambda members: int(members[0]))
     return list({members.tobytes(): members for members in sets}.values())

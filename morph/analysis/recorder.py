@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -143,7 +142,7 @@ def rerun(
     """
     form = without_data if traced == "shapes" else Tensor.detach
     recorder = Recorder(model, traced, whole)
-    recorder.afterwards = lambda _: nullcontext()
+    recorder.puts_back = False
     try:
         recorder.run(pytree.tree_map_only(Tensor, form, plain(inputs)))
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from morph.analysis.recording import (
     Value,
     arguments_of,
     named_modules,
-    named_tensors,
     plain_attention,
     put_back,
+    tensors_in,
     tensors_of,
 )
 
@@ -43,14 +44,15 @@ class Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, traced: How, whole: tuple[type[nn.Module], ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.whole = model, whole
+        self.modules = named_modules(model)
         self.recording = Recording(traced=traced, whole=whole)
         self.stack: list[str] = [""]
         self.silent = 0
         self.storages: dict[int, Value] = {}
         self.runner: nn.Module = model
         self.needs_data = False
-        self.afterwards: Any = put_back
-        self.kept: Kept | None = None
+        self.kept: Kept | None = None  # what the modules are before and after the run in evaluation mode
+        self.puts_back = True
 
     def run(self, inputs: Inputs) -> Recording:
         """Record one call of the model."""
@@ -88,19 +90,30 @@ class Recorder(TorchDispatchMode):
         hooks: list[Any] = []
         self.recording.quick = []
         try:
-            with self.afterwards(self.model) as kept, torch.no_grad(), plain_attention():
-                self.kept = self.kept or kept  # the first run is that in evaluation mode
-                for path, module in kept.modules if kept else named_modules(self.model):
+            with self._afterwards(), torch.no_grad(), plain_attention():
+                for path, module in self.modules:
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
                 self.recording.sink.take = self._take
-                with self:
-                    output = self.runner(*args, **kwargs)
+                try:
+                    with self:
+                        output = self.runner(*args, **kwargs)
+                finally:  # quicker than to put them back one by one
+                    for attributes, _ in self.recording.quick:
+                        attributes.pop("forward", None)
         finally:
             self.recording.sink.take = Sink.nowhere
             for handle in hooks:
                 handle.remove()
         return [self._value(t) for t in _outputs(output)]
+
+    def _afterwards(self) -> AbstractContextManager[Any]:
+        """Puts back what the modules are now, unless whoever runs the model does so."""
+        if not self.puts_back:
+            return nullcontext()
+        kept = Kept(self.modules)
+        self.kept = self.kept or kept
+        return put_back(kept)
 
     def _shorten(self, path: str, module: nn.Module) -> bool:
         """Let a layer of torch's own say what it calls without calling it; `put_back` undoes that."""
@@ -132,7 +145,7 @@ class Recorder(TorchDispatchMode):
         return True
 
     def _name_tensors(self) -> None:
-        for name, tensor in named_tensors(self.model):
+        for name, tensor in tensors_in(self.modules):
             value = self._set(tensor, self.recording.new(tensor, source=name))
             self.recording.sources[name] = value
             if tensor.layout == torch.strided and tensor.numel():

@@ -18,11 +18,14 @@ from morph.errors import TraceError
 from morph.inputs import Inputs as Inputs
 from morph.inputs import arguments_of as arguments_of
 from morph.inputs import tensors_of as tensors_of
+from morph.module_tree import Modules as Modules
+from morph.module_tree import named_modules as named_modules
+from morph.module_tree import named_tensors as named_tensors
+from morph.module_tree import tensors_in as tensors_in
 from morph.unfused import plain_attention as plain_attention
 
 T = TypeVar("T")
 How = Literal["shapes", "data"]
-Modules = Sequence[tuple[str, nn.Module]]
 
 
 @dataclass(eq=False, slots=True)
@@ -173,47 +176,6 @@ def collect(tree: Any, kind: type[T], found: list[T]) -> list[T]:
     return found
 
 
-def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
-    """What ``model.named_modules`` gives, without a generator in every generator."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    todo: list[tuple[str, nn.Module]] = [("", model)]
-    while todo:
-        path, module = todo.pop()
-        if remove_duplicate:
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-        found.append((path, module))
-        children = module._modules
-        if children:
-            start = f"{path}." if path else ""
-            todo += [(start + name, child) for name, child in reversed(children.items()) if child is not None]
-    return found
-
-
-def named_tensors(model: nn.Module, held: Sequence[str] = ("_parameters", "_buffers")) -> list[tuple[str, Tensor]]:
-    """Each parameter and buffer once, by its first name; or only those of one kind."""
-    return tensors_in(named_modules(model), held)
-
-
-def tensors_in(modules: Modules, held: Sequence[str] = ("_parameters", "_buffers")) -> list[tuple[str, Tensor]]:
-    """What `named_tensors` gives for a model with these `named_modules`."""
-    found: list[tuple[str, Tensor]] = []
-    seen: set[int] = set()
-    for kind in held:
-        for path, module in modules:
-            table = vars(module)[kind]
-            if not table:
-                continue
-            start = f"{path}." if path else ""
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found.append((start + name, tensor))
-    return found
-
-
 def sharing(tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
     """Names of those parameters and buffers that share their memory with another one; copies of the model do not."""
     by_memory: dict[int, list[str]] = {}
@@ -254,11 +216,11 @@ class Kept:
     """What the modules of a model are now: their classes, attributes, tensors and hooks, and dicts that they fill.
 
     Args:
-        model: Holds the modules.
+        modules: The `named_modules` of a model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = named_modules(model)
+    def __init__(self, modules: Modules) -> None:
+        self.modules = modules
         self.kinds = [type(module) for _, module in self.modules]
         self.filled: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of it
         self.empty: list[dict[str, Any]] = []
@@ -287,19 +249,17 @@ class Kept:
 
 
 @contextmanager
-def put_back(model: nn.Module, kept: Kept | None = None) -> Iterator[Kept]:
+def put_back(kept: Kept) -> Iterator[None]:
     """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks.
 
     So do dicts that they fill, and functions that keep their results: a run neither finds nor leaves tensors there.
 
     Args:
-        model: What runs.
-        kept: What it is at this time, if that is known.
+        kept: What they are now.
     """
-    kept = kept or Kept(model)
     forget_tensors(kept.kinds)
     try:
-        yield kept
+        yield
     finally:
         kept.put_back()
         forget_tensors(kept.kinds)

@@ -12,6 +12,8 @@ import numpy as np
 from morph.analysis.atoms import Atoms, Labels
 
 Key = tuple[object, ...]
+_ONE = np.zeros(1, np.int64)  # the labels of an axis of one position
+_ONE.flags.writeable = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Reshaper:
             for axis in axes:
                 self.freeze(axis, "empty tensor")
             return [np.zeros(n, np.int64) for n in shape]
-        result = [np.zeros(n, np.int64) for n in shape]
+        result = [_ONE] * len(shape)
         for ins, outs in aligned(before, shape):
             if len(ins) == len(outs) == 1:
                 result[outs[0]] = axes[ins[0]]
