@@ -125,12 +125,12 @@ class Fitter:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         recorded = self.analysis.recording
         settled = recorded.settled
-        if self._plain(recorded):
-            with self._cut(edits, attributes) as cut:
+        if (bare := self._bare(recorded)) is not None:
+            with _cut(bare, edits, attributes) as cut:
                 shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
                 if follows(cut, self.inputs, recorded, shape, takes):
                     return None
-        with self._cut(edits, attributes) as cut:
+        with _cut(self.base, edits, attributes) as cut:
             recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
@@ -159,22 +159,13 @@ class Fitter:
             return Misfit(at, expected[at].module, "the code takes another way")
         return self._laid_out(start, expected[start:], recording.calls[begun:], times)
 
-    @contextmanager
-    def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
-        """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.base):
-            resize_own(self.base, edits)
-            set_sizes(self.base, attributes)
-            yield self.base
-
-    def _plain(self, recorded: Recording) -> bool:
-        """Whether the run before had shapes only, and none that depends on values."""
-        return (
-            recorded.twin is self.base
-            and recorded.traced == "shapes"
-            and not recorded.whole
-            and recorded.settled == recorded.evaluated
-        )
+    def _bare(self, recorded: Recording) -> nn.Module | None:
+        """The copy without data that can be followed: where shapes depend on values, by a run before that had them."""
+        if recorded.whole:
+            return None
+        if recorded.traced == "data":
+            return recorded.skeleton
+        return recorded.twin if recorded.settled == recorded.evaluated else None
 
     def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
         """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
@@ -278,6 +269,15 @@ class Fitter:
         for path, table in votes.items():
             result[path] = {a: counter.most_common(1)[0][0] for a, counter in table.items()}
         return result
+
+
+@contextmanager
+def _cut(model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
+    """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
+    with put_back(model):
+        resize_own(model, edits)
+        set_sizes(model, attributes)
+        yield model
 
 
 def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:

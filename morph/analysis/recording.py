@@ -35,6 +35,7 @@ class Value:
         data: The tensor itself, for constants that are neither parameter, buffer nor computed.
         input: Whether it came in from outside.
         floating: Whether it holds real numbers.
+        form: Its type and strides, if the run had data.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Value:
     data: Tensor | None = None
     input: bool = False
     floating: bool = True
+    form: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -101,6 +103,7 @@ class Recording:
         shared: Names of parameters or buffers that share memory with another one of a different form.
         twin: The copy that was run, without data where ``traced`` says shapes; None if a run
             in training mode may have changed its data.
+        skeleton: Beside a twin with data, a copy without, where code cannot tell it from one with data on a processor.
         whole: Module classes that were recorded as one call.
         quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
         sink: Told by these forwards what they would have called.
@@ -116,6 +119,7 @@ class Recording:
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
     twin: nn.Module | None = None
+    skeleton: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
     quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
     sink: Sink = field(default_factory=Sink)
@@ -130,6 +134,8 @@ class Recording:
         """Add a value for ``tensor``."""
         values = self.values
         value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
+        if self.traced == "data" and tensor.layout == torch.strided:
+            value.form = (tensor.dtype, tensor.stride())
         values.append(value)
         return value
 
