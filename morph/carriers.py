@@ -18,6 +18,7 @@ from morph.fitting import Fitter, Misfit
 from morph.graph_fitting import GraphFitter
 from morph.heads import attention_edits
 from morph.plan import Edit, Plan, Resize, UseGraph
+from morph.recurrent import recurrent_edits
 
 Form = Literal["auto", "class", "graph"]
 
@@ -121,7 +122,8 @@ class Carrier:
                 self.no_graph = str(error)
         if self.graph is None:
             return Misfit(0, "", self.no_graph)
-        sizes = [*self.fitter.groups(times), *attention_edits(self.graph.graph, edits)]
+        graph = self.graph.graph
+        sizes = [*self.fitter.groups(times), *attention_edits(graph, edits), *recurrent_edits(graph, edits)]
         constants, misfit = self.graph.fit(edits, sizes)
         if misfit is not None:
             return misfit

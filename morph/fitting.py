@@ -16,10 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis, length_of
 from morph.analysis.atoms import Labels
-from morph.analysis.following import floats_in, follows, same_data
+from morph.analysis.following import floats_in, follows, same_data, to_follow
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Recording, Value, evaluating, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Recording, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
@@ -125,12 +125,12 @@ class Fitter:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         recorded = self.analysis.recording
         settled = recorded.settled
-        if (bare := self._bare(recorded)) is not None:
-            with _cut(bare, edits, attributes) as cut:
+        if (bare := to_follow(recorded)) is not None:
+            with _cut(bare, edits, attributes, recorded.kept if bare is recorded.twin else None) as cut:
                 shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
                 if follows(cut, self.inputs, recorded, shape, takes):
                     return None
-        with _cut(self.base, edits, attributes) as cut:
+        with _cut(self.base, edits, attributes, recorded.kept) as cut:
             recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
@@ -158,14 +158,6 @@ class Fitter:
         if not all(map(_layout_only, expected[at:])):
             return Misfit(at, expected[at].module, "the code takes another way")
         return self._laid_out(start, expected[start:], recording.calls[begun:], times)
-
-    def _bare(self, recorded: Recording) -> nn.Module | None:
-        """The copy without data that can be followed: where shapes depend on values, by a run before that had them."""
-        if recorded.whole:
-            return None
-        if recorded.traced == "data":
-            return recorded.skeleton
-        return recorded.twin if recorded.settled == recorded.evaluated else None
 
     def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
         """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
@@ -211,9 +203,9 @@ class Fitter:
     def shape(self, value: Value, times: Labels) -> tuple[int, ...]:
         """The shape that a tensor must have after the cut."""
         if self.lengths is None or self.lengths[0] is not times:
-            self.lengths = (times, {})
-        known = self.lengths[1]
-        return tuple([length_of(roots, times, known) for roots in self.analysis.roots(value)])
+            self.lengths = (times, self.analysis.lengths(times))
+        lengths = self.lengths[1]
+        return tuple([length_of(roots, lengths) for roots in self.analysis.roots(value)])
 
     def _candidates(
         self, misfit: Misfit, chosen: list[SizeEdit], times: Labels
@@ -272,9 +264,11 @@ class Fitter:
 
 
 @contextmanager
-def _cut(model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
+def _cut(
+    model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
+) -> Iterator[nn.Module]:
     """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-    with put_back(model):
+    with put_back(model, kept):
         resize_own(model, edits)
         set_sizes(model, attributes)
         yield model

@@ -20,11 +20,13 @@ from morph.fitting import new_groups
 from morph.gate_sites import Layout
 from morph.graph_fitting import mend
 from morph.graphs import graph_of
+from morph.heads import attention_edits, set_sizes
 from morph.liveness import Closing
 from morph.plan import DropBranch, Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
 from morph.readers import Graphed
+from morph.recurrent import recurrent_edits
 from morph.rerouting import drop_branches, reroute
-from morph.resizing import resized, set_attributes
+from morph.resizing import resized
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -104,7 +106,9 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     """
     cut = resized(model, removal.resizes)
     assert isinstance(cut, fx.GraphModule)
-    set_attributes(cut, removal.groups)
+    inside = [*attention_edits(model, removal.resizes), *recurrent_edits(model, removal.resizes)]
+    sizes = [*removal.groups, *inside]
+    set_sizes(cut, sizes)
     if removal.reroutes:
         reroute(cut, removal.reroutes)
     if removal.drops:
@@ -116,7 +120,7 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
         raise EditError(
             f"the traced graph cannot carry the removal: {misfit.reason} (in {misfit.module or 'the model'})"
         )
-    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *removal.groups]
+    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *sizes]
     everything += [*removal.reroutes, *removal.drops, *constants]
     return Plan(tuple(everything))
 

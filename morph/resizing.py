@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import named_modules, named_tensors
+from morph.analysis.recording import Modules, bare, named_modules, tensors_in
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.plan import Resize, SetAttribute, SetConfig
@@ -31,7 +31,7 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
         PlanMismatchError: If a tensor is missing or of another size; all are counted, the first named.
         EditError: If the model cannot be copied.
     """
-    fresh = _new_tensors(model, edits)
+    fresh = _new_tensors(named_modules(model), edits)
     try:
         result = copy_module(model, dict(fresh))
     except Exception as error:
@@ -45,8 +45,9 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
 
 def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
     """Resize the tensors of a copy of our own, in place; errors as for `resized`."""
-    fresh = _new_tensors(model, edits)
-    for _, module in named_modules(model):
+    modules = named_modules(model)
+    fresh = _new_tensors(modules, edits)
+    for _, module in modules:
         holders: list[dict[str, Any]] = [module._parameters, module._buffers]
         changed = [(holder, name) for holder in holders for name, t in holder.items() if id(t) in fresh]
         for holder, name in changed:
@@ -55,9 +56,9 @@ def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
             _tell(module)
 
 
-def _new_tensors(model: nn.Module, edits: Sequence[Resize]) -> dict[int, Tensor]:
+def _new_tensors(modules: Modules, edits: Sequence[Resize]) -> dict[int, Tensor]:
     """The resized tensor for each tensor, by the identity of the old one."""
-    tensors = dict(named_tensors(model))
+    tensors = dict(tensors_in(modules))
     indices: dict[int, Tensor] = {}  # most edits share theirs
     for edit in edits:
         if id(edit.index) not in indices:
@@ -95,7 +96,7 @@ def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor
         shape = list(tensor.shape)
         for edit in edits:
             shape[edit.axis] = len(edit.index)
-        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return bare(shape, tensor.dtype)
     known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
     if tensor.device.type != "cpu":
         known = {axis: index.to(tensor.device) for axis, index in known.items()}

@@ -81,8 +81,9 @@ def score_units(
         scores = _by_gradient(model, found, score, _batches(score, inputs, data, loss), loss or cross_entropy)
     else:
         raise ProbeError(f"score {score!r} is not one of {', '.join(get_args(ScoreName))}, nor a callable")
-    for name, values in scores.items():
-        _check_finite(name, values)
+    if scores and not torch.cat(list(scores.values())).isfinite().all():
+        for name, values in scores.items():
+            _check_finite(name, values)
     return scores
 
 
@@ -144,7 +145,8 @@ def _powers(weight: Tensor, axes: set[int], p: int) -> dict[int, NDArray[np.floa
     rows, inner = weight.flatten(1), axes - {0}
     first: list[Tensor] = []
     rest: Tensor | None = None
-    for part in rows.split(max(1, _AT_ONCE // max(1, rows.shape[1]))):
+    at_once = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for part in rows.split(at_once) if len(rows) > at_once else [rows]:
         raised = _raised(part, p)
         if 0 in axes:
             first.append(raised.sum(1))
@@ -154,7 +156,8 @@ def _powers(weight: Tensor, axes: set[int], p: int) -> dict[int, NDArray[np.floa
     sums = {0: (first[0] if len(first) == 1 else torch.cat(first)).double()} if first else {}
     if rest is not None:
         each = rest.reshape(weight.shape[1:])
-        sums |= {a: each.transpose(0, a - 1).flatten(1).sum(1) if each.dim() > 1 else each for a in inner}
+        plain = {a: len(rest) == weight.shape[a] for a in inner}  # nothing to add up, as in a convolution of one pixel
+        sums |= {a: rest if plain[a] else each.transpose(0, a - 1).flatten(1).sum(1) for a in inner}
     return {axis: values.cpu().numpy() for axis, values in sums.items()}
 
 

@@ -117,12 +117,12 @@ def run_doubled(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """
     args, kwargs = copied_inputs(inputs)
     twin = double_copy(model).eval()
-    forget_tensors(model)  # of the same functions in another type
+    forget_tensors(map(type, model.modules()))  # of the same functions in another type
     try:
         with torch.no_grad(), in_float64():
             return outputs_of(twin(*args, **kwargs))
     finally:
-        forget_tensors(model)
+        forget_tensors(map(type, model.modules()))
 
 
 def outputs_of(output: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.grouping import group_units, list_frozen
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record
-from morph.analysis.recording import How, Inputs, Recording, Value, named_tensors
+from morph.analysis.recording import How, Inputs, Recording, Value, tensors_in
 from morph.analysis.rules import RULES
 from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units, distinct_axes, find_units
@@ -75,14 +76,14 @@ class Analysis:
 
     def free(self) -> float:
         """Share of all parameters that lie on at least one unit."""
-        held = np.zeros(self.state.atoms.count, bool)
-        held[self.units.atom] = True
-        stays, known = (~held).astype(np.int64), dict[int, int]()
+        stays = np.ones(self.state.atoms.count, np.int64)
+        stays[self.units.atom] = 0
+        lengths = self.lengths(stays)
         free = total = 0
         for name, value in self.recording.sources.items():
             if name in self.parameters and 0 not in value.shape:
                 size = math.prod(value.shape)
-                kept = math.prod([length_of(roots, stays, known) for roots in self.roots(value)])
+                kept = math.prod([length_of(roots, lengths) for roots in self.roots(value)])
                 total, free = total + size, free + size - kept
         return free / total if total else 0.0
 
@@ -123,16 +124,30 @@ class Analysis:
         times[self.units.atom[chosen[self.units.unit]]] = factor
         return times[self.state.final]
 
+    @functools.cached_property
+    def _joined(self) -> tuple[Labels, Labels]:
+        """The final labels of `axes`, one axis behind the other, and where each begins."""
+        lengths = [len(axis.roots) for axis in self.axes]
+        return np.concatenate([axis.roots for axis in self.axes]), np.cumsum([0, *lengths[:-1]])
+
+    def lengths(self, times: Labels) -> dict[int, int]:
+        """How many positions each of `axes` will have, by the identity of its final labels; see `length_of`."""
+        if not self.axes:
+            return {}
+        roots, starts = self._joined
+        counts = np.add.reduceat(times[roots], starts)
+        return {id(axis.roots): count for axis, count in zip(self.axes, counts.tolist(), strict=True)}
+
     def emptied(self, choice: Choice) -> list[Axis]:
         """Axes of tensors that would lose their last position."""
-        return self._emptied(self.times(choice))
+        return self._emptied(self.lengths(self.times(choice)))
 
-    def _emptied(self, times: Labels) -> list[Axis]:
-        return [axis for axis in self.axes if not times[axis.roots].any()]
+    def _emptied(self, lengths: Mapping[int, int]) -> list[Axis]:
+        return [axis for axis in self.axes if not lengths[id(axis.roots)]]
 
     def sizes(self, choice: Choice | None = None) -> Sizes:
         """Parameters and multiply-adds after dropping ``choice``; as it is without one."""
-        return count_sizes(self, self.times(choice or {}))
+        return count_sizes(self, self.times(choice) if choice else None)
 
     def cut(self, choice: Choice) -> Plan:
         """The edits that drop ``choice``.
@@ -144,15 +159,16 @@ class Analysis:
 
     def resizes(self, times: Labels) -> list[Resize]:
         """The edits that keep of each tensor what is there ``times`` times, none or once; errors as for `cut`."""
-        if empty := self._emptied(times):
+        lengths = self.lengths(times)
+        if empty := self._emptied(lengths):
             raise AnalysisError(
                 f"{len(empty)} axes would lose their last position (the first has {len(empty[0].roots)}); drop less"
             )
         kept: dict[bytes, tuple[int, ...]] = {}  # axes that lose the same share their index
         index: dict[int, tuple[int, ...]] = {}
         for axis in self.axes:
-            stays = times[axis.roots] != 0
-            if not stays.all():
+            if lengths[id(axis.roots)] != len(axis.roots):
+                stays = times[axis.roots] != 0
                 places = tuple(np.flatnonzero(stays).tolist())
                 index[id(axis.roots)] = kept.setdefault(stays.tobytes(), places)
         return [
@@ -181,9 +197,10 @@ def analyse(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Ana
             (TorchScript, compiled, lazy, weights computed by hooks); names the module.
         AnalysisError: If a rule does not fit its operator.
     """
-    admit(model, inputs)
-    recording = record(model, inputs, tuple(t for t in USER_RULES if isinstance(t, type)), with_data=with_data)
-    return analysis_of(recording, frozenset([name for name, _ in named_tensors(model, ("_parameters",))]))
+    modules = admit(model, inputs)
+    whole = tuple(t for t in USER_RULES if isinstance(t, type))
+    recording = record(model, inputs, whole, with_data=with_data, modules=modules)
+    return analysis_of(recording, frozenset([name for name, _ in tensors_in(modules, ("_parameters",))]))
 
 
 def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
@@ -217,13 +234,16 @@ def analysis_of(recording: Recording, parameters: frozenset[str]) -> Analysis:
     )
 
 
-def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) -> Sizes:
-    """Parameters and multiply-adds when each label is there ``times`` times and the tensors ``gone`` are not at all."""
+def count_sizes(analysis: Analysis, times: Labels | None, gone: Container[str] = ()) -> Sizes:
+    """Parameters and multiply-adds when each label is there ``times`` times and the tensors ``gone`` are not at all.
+
+    Without ``times`` each label is there once.
+    """
     state = analysis.state
-    lengths: dict[int, int] = {}
+    lengths = {} if times is None else analysis.lengths(times)
 
     def new(value: Value) -> list[int]:
-        return [length_of(roots, times, lengths) for roots in analysis.roots(value)]
+        return [length_of(roots, lengths) for roots in analysis.roots(value)]
 
     params = sum(
         math.prod(new(value))
@@ -247,9 +267,6 @@ def count_sizes(analysis: Analysis, times: Labels, gone: Container[str] = ()) ->
     return Sizes(params, macs)
 
 
-def length_of(roots: Labels, times: Labels, known: dict[int, int]) -> int:
-    """How many positions an axis with these final labels will have; tensors share them, so that most are known."""
-    found = known.get(id(roots))
-    if found is None:
-        found = known[id(roots)] = int(times[roots].sum()) if len(roots) > 1 else len(roots)
-    return found
+def length_of(roots: Labels, lengths: Mapping[int, int]) -> int:
+    """How many positions an axis with these final labels will have, by `Analysis.lengths`: those not there stay."""
+    return lengths.get(id(roots), len(roots))

@@ -96,7 +96,7 @@ class OnProcessor(TorchFunctionMode):
 
 _FILLED = {torch.empty, torch.zeros, torch.ones, torch.full}
 _TOLD: dict[Any, Any] = {
-    Tensor.device.__get__: torch.device("cpu"),  # type: ignore[attr-defined]
+    Tensor.device.__get__: torch.device("cpu"),
     Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: True,
+    Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
 }

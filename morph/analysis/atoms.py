@@ -64,17 +64,17 @@ class Atoms:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
         self._pins.append((labels, np.full(len(labels), number)))
 
-    def find(self, labels: ArrayLike) -> Labels:
+    def find(self, labels: ArrayLike | slice) -> Labels:
         """The representative of each label, its own copy; 0 for what is pinned."""
         self._settle()
-        roots = self._root(np.asarray(labels, np.int64))
+        roots = self._root(labels if isinstance(labels, slice) else np.asarray(labels, np.int64))
         return np.where(self._pin[roots] == _FREE, roots, 0)
 
     def roots(self) -> Labels:
         """The representative of every atom, by its number."""
-        return self.find(np.arange(self.count))
+        return self.find(slice(0, self.count))
 
-    def pinned_by(self, labels: Labels) -> Labels:
+    def pinned_by(self, labels: Labels | slice) -> Labels:
         """The number of the reason for which each label is pinned; -1 for those that are free or have none."""
         self._settle()
         numbers = self._pin[self._root(labels)]
@@ -124,7 +124,7 @@ class Atoms:
         if len(pinned):
             np.minimum.at(self._pin, self._root(pinned), self._pin[pinned])
 
-    def _root(self, start: Labels) -> Labels:
+    def _root(self, start: Labels | slice) -> Labels:
         roots: Labels = self._parent[start]
         while True:
             above = self._parent[roots]

@@ -16,13 +16,16 @@ _Cached = type(functools.lru_cache(lambda: None))
 _near: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
-def forget_tensors(model: nn.Module) -> None:
-    """Empty the caches with tensors in them of the functions and methods that the code of ``model`` may call.
+def forget_tensors(kinds: Iterable[type]) -> None:
+    """Empty the caches with tensors in them of the functions and methods that the code of modules may call.
 
-    Looked at are those of the classes of its modules, and of the files that these come from; torch's own have none.
+    Looked at are those of the classes of the modules, and of the files that these come from; torch's own have none.
     A cache without tensors stays as it is.
+
+    Args:
+        kinds: The classes of the modules.
     """
-    for kind in {type(module) for module in model.modules()}:
+    for kind in set(kinds):
         found = _near.get(kind)
         if found is None:
             found = _near[kind] = tuple(_caches(_around(kind)))

@@ -30,6 +30,15 @@ Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have
 Takes = Callable[[Call, Sequence[Any], Mapping[str, Any]], bool]  # whether an operator takes what it took
 
 
+def to_follow(recording: Recording) -> nn.Module | None:
+    """The copy without data whose cut `follows` takes: where shapes depend on values, if the recorded run had them."""
+    if recording.whole:
+        return None
+    if recording.traced == "data":
+        return recording.skeleton
+    return recording.twin if recording.settled == recording.evaluated else None
+
+
 def follows(
     model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes, takes: Takes = lambda *_: True
 ) -> bool:
@@ -39,10 +48,10 @@ def follows(
     difference of any kind, also where a longer look would show that the model does the same.
 
     Args:
-        model: The copy without data of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
+        model: That of `to_follow` with other sizes, whose owner puts back what the run leaves in its modules.
         inputs: What the recording was made with.
-        recording: A run without modules that were recorded as one call. If it had data, code that asks for values is
-            told those that it had, and so led the way that it went: that the model would go it on its own is not shown.
+        recording: A run. If it had data, code that asks for values is told those that it had, and so led the way that
+            it went: that the model would go it on its own is not shown.
         shape: The shape expected of each tensor.
         takes: See `morph.analysis.picking.takes_the_same`.
     """

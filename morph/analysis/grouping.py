@@ -17,22 +17,25 @@ from morph.analysis.tags import operator_name
 from morph.analysis.units import Axis, Units
 from morph.couplings import Coupling, Frozen, Place, Positions, Reader
 
+_Tables = list[tuple[int, Positions]]  # kinds of units on an axis, and where each unit of a kind lies
+
 
 def group_units(
     state: Propagation, units: Units, axes: list[Axis], parameters: frozenset[str]
 ) -> tuple[dict[str, Coupling], dict[str, Positions]]:
     """Group units that take the same number of positions on the same axes of the same tensors."""
+    if not axes:
+        return {}, {}
     forms: dict[int, int] = {}  # axes with the same labels are one form
     of_axis = [forms.setdefault(id(axis.roots), len(forms)) for axis in axes]
-    of_form = dict(zip(of_axis, axes, strict=True))
-    held = {form: units.on(axis.roots) for form, axis in reversed(of_form.items())}
+    roots = list({id(axis.roots): axis.roots for axis in axes}.values())
+    unit, position, of_pair = _on_all(units, roots)
     marks = np.zeros(units.count, np.int64)
     random = np.random.default_rng(0).integers(1, 2**62, len(axes))
     total = np.zeros(len(forms), np.int64)
     with np.errstate(over="ignore"):
         np.add.at(total, of_axis, random)
-        for form, (unit, _) in held.items():
-            np.add.at(marks, unit, total[form])
+        np.add.at(marks, unit, total[of_pair])
     _, first, kind = np.unique(marks, return_index=True, return_inverse=True)
     if (split := _apart(kind, units)) is not kind:
         _, first, kind = np.unique(split, return_index=True, return_inverse=True)
@@ -44,12 +47,13 @@ def group_units(
     kind = rank[kind]
     by_kind = np.argsort(kind, kind="stable")
     own = np.split(by_kind, np.searchsorted(kind[by_kind], np.arange(1, len(order))))
-    tables = {form: _tables(*pairs, kind, own) for form, pairs in held.items()}
+    ends = np.searchsorted(of_pair, np.arange(1, len(roots)))
+    tables = [_tables(*held, kind, own) for held in zip(np.split(unit, ends), np.split(position, ends), strict=True)]
     members: list[list[Place]] = [[] for _ in order]
     for axis, form in zip(axes, of_axis, strict=True):
         for k, table in tables[form]:
             members[k].append(Place(axis.value.source, axis.axis, table))
-    readers = _readers(state, units, kind, own)
+    readers = _readers(state, units, kind, own, dict(zip(forms, tables, strict=True)))
     statistics = _statistics(state, units, kind)
     for k in range(len(order)):
         places = sorted(members[k], key=lambda p: (p.axis != 0, p.tensor not in parameters))
@@ -68,6 +72,17 @@ def group_units(
         )
         numbers[name] = own[k]
     return _with_overlaps(couplings, numbers, units), numbers
+
+
+def _on_all(units: Units, axes: list[Labels]) -> tuple[Labels, Labels, Labels]:
+    """Every pair of a unit and a position of some axes with these final labels: units, positions, and numbers of axes.
+
+    They are sorted by axis and position.
+    """
+    lengths = [len(roots) for roots in axes]
+    unit, place = units.on(np.concatenate(axes))
+    axis = np.repeat(np.arange(len(axes)), lengths)[place]
+    return unit, place - np.cumsum([0, *lengths])[axis], axis
 
 
 def _apart(kind: Labels, units: Units) -> Labels:
@@ -95,7 +110,7 @@ def _apart(kind: Labels, units: Units) -> Labels:
     return split
 
 
-def _tables(unit: Labels, position: Labels, kind: Labels, own: list[Positions]) -> list[tuple[int, Positions]]:
+def _tables(unit: Labels, position: Labels, kind: Labels, own: list[Positions]) -> _Tables:
     """For each kind of units on an axis, the positions of each unit, a row for each, in the order of their numbers.
 
     A kind of which only some lie there, or some more often than others, has none.
@@ -114,7 +129,7 @@ def _tables(unit: Labels, position: Labels, kind: Labels, own: list[Positions]) 
 
 
 def _table(unit: Labels, position: Labels, count: int) -> Positions | None:
-    if len(unit) == count and (np.diff(unit) > 0).all():
+    if len(unit) == count and (unit[1:] > unit[:-1]).all():
         return position.reshape(count, 1)
     order = np.lexsort((position, unit))
     if len(unit) % count or (np.diff(unit[order].reshape(count, -1), axis=1) != 0).any():
@@ -122,11 +137,20 @@ def _table(unit: Labels, position: Labels, count: int) -> Positions | None:
     return position[order].reshape(count, -1)
 
 
-def _readers(state: Propagation, units: Units, kind: Labels, own: list[Positions]) -> dict[int, list[Reader]]:
-    """The modules that sum over the units of each coupling, from the sums whose second operand is a parameter."""
+def _readers(
+    state: Propagation, units: Units, kind: Labels, own: list[Positions], known: dict[int, _Tables]
+) -> dict[int, list[Reader]]:
+    """The modules that sum over the units of each coupling, from the sums whose second operand is a parameter.
+
+    Args:
+        state: A finished propagation.
+        units: The units.
+        kind: ``[units]`` their kinds.
+        own: The units of each kind.
+        known: The tables of axes by the identity of their final labels; those that are missing are added.
+    """
     found: dict[int, list[Reader]] = collections.defaultdict(list)
     seen: set[tuple[int, str, int]] = set()
-    known: dict[int, list[tuple[int, Positions]]] = {}
     for entry in state.sums:
         if len(entry.operands) < 2:
             continue

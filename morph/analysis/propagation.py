@@ -258,7 +258,7 @@ def _freezes_wholes(state: Propagation) -> bool:
 
 def _pinned(state: Propagation) -> list[Pinned]:
     """How many positions of parameters each pin has pinned; of several pins of a label the first counts."""
-    numbers = state.atoms.pinned_by(np.arange(1, state.named))
+    numbers = state.atoms.pinned_by(slice(1, state.named))
     counts = np.bincount(numbers[numbers >= 0], minlength=len(state.pins)).tolist()
     return [Pinned(pin.call, pin.reason, count) for pin, count in zip(state.pins, counts, strict=True)]
 
@@ -272,7 +272,8 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
         if not value.floating:  # an index, a mask, a counter, a complex weight
             state.tags[value.number] = state.frozen(value.shape)
             continue
-        state.tags[value.number] = Tag(tuple(state.fresh(n, ("source", name, a)) for a, n in enumerate(value.shape)))
+        axes = [state.fresh(n, ("source", name, a)) for a, n in enumerate(value.shape)]
+        state.tags[value.number] = Tag(tuple(axes))
         if name in recording.shared:
             state.freeze_all(state.tags[value.number], "shares its memory with another tensor")
         if value.number not in used and not name.startswith(

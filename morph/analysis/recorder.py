@@ -13,12 +13,15 @@ from morph.analysis.recorder_mode import Recorder
 from morph.analysis.recording import (
     How,
     Inputs,
+    Modules,
     Recording,
     evaluating,
     first_line,
+    named_modules,
     named_tensors,
     sharing,
     skeleton,
+    tensors_in,
     tensors_of,
     without_data,
 )
@@ -30,7 +33,12 @@ from morph.tracing import place_of
 
 
 def record(
-    model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...] = (), *, with_data: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    whole: tuple[type[nn.Module], ...] = (),
+    *,
+    with_data: bool = False,
+    modules: Modules | None = None,
 ) -> Recording:
     """Run a copy of ``model`` once in evaluation mode and list the operators that it calls.
 
@@ -41,13 +49,14 @@ def record(
         inputs: A tensor, a tuple of arguments, or a mapping of named arguments.
         whole: Module classes that are recorded as one call.
         with_data: Run with data at once.
+        modules: Its `named_modules`, if they are at hand.
 
     Raises:
         TraceError: If the model does not accept the inputs; names the user's line.
     """
     if with_data:
         return _record_data(model, inputs, whole)
-    tensors = named_tensors(model)
+    tensors = tensors_in(named_modules(model) if modules is None else modules)
     no_data = any(t.is_meta and isinstance(t, nn.Parameter) for _, t in tensors)
     bare: nn.Module | None = None
     try:
@@ -58,7 +67,7 @@ def record(
         recording = recorder.run(meta)
         recording.shared += sharing(tensors)
         recorder.train_too(meta)
-        recording.twin = bare
+        recording.twin, recording.kept = bare, recorder.kept
     except Exception as shapes_only:
         if no_data:
             raise _refused(model, inputs, shapes_only) from shapes_only
@@ -79,7 +88,7 @@ def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module],
         recording = recorder.run(own)
         recording.shared += sharing(named_tensors(model))
         if not recorder.train_too(own):
-            recording.twin = twin
+            recording.twin, recording.kept = twin, recorder.kept
     except Exception as error:
         raise _refused(model, inputs, error) from error
     return recording
@@ -138,7 +147,7 @@ def rerun(
     """
     form = without_data if traced == "shapes" else Tensor.detach
     recorder = Recorder(model, traced, whole)
-    recorder.afterwards = nullcontext
+    recorder.afterwards = lambda _: nullcontext()
     try:
         recorder.run(pytree.tree_map_only(Tensor, form, plain(inputs)))
     except Exception as error:

@@ -16,6 +16,7 @@ from morph.analysis.recording import (
     Call,
     How,
     Inputs,
+    Kept,
     Recording,
     Sink,
     Value,
@@ -49,6 +50,7 @@ class Recorder(TorchDispatchMode):
         self.runner: nn.Module = model
         self.needs_data = False
         self.afterwards: Any = put_back
+        self.kept: Kept | None = None
 
     def run(self, inputs: Inputs) -> Recording:
         """Record one call of the model."""
@@ -86,8 +88,9 @@ class Recorder(TorchDispatchMode):
         hooks: list[Any] = []
         self.recording.quick = []
         try:
-            with self.afterwards(self.model), torch.no_grad(), plain_attention():
-                for path, module in named_modules(self.model):
+            with self.afterwards(self.model) as kept, torch.no_grad(), plain_attention():
+                self.kept = self.kept or kept  # the first run is that in evaluation mode
+                for path, module in kept.modules if kept else named_modules(self.model):
                     if not self._shorten(path, module):
                         hooks += self._follow(path, module)
                 self.recording.sink.take = self._take

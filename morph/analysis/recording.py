@@ -22,6 +22,7 @@ from morph.unfused import plain_attention as plain_attention
 
 T = TypeVar("T")
 How = Literal["shapes", "data"]
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 @dataclass(eq=False, slots=True)
@@ -103,6 +104,7 @@ class Recording:
         shared: Names of parameters or buffers that share memory with another one of a different form.
         twin: The copy that was run, without data where ``traced`` says shapes; None if a run
             in training mode may have changed its data.
+        kept: What the modules of ``twin`` are, before and after the run.
         skeleton: Beside a twin with data, a copy without, where code cannot tell it from one with data on a processor.
         whole: Module classes that were recorded as one call.
         quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
@@ -119,6 +121,7 @@ class Recording:
     traced: How = "shapes"
     shared: tuple[str, ...] = ()
     twin: nn.Module | None = None
+    kept: Kept | None = None
     skeleton: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
     quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
@@ -133,9 +136,8 @@ class Recording:
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""
         values = self.values
-        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
-        if self.traced == "data" and tensor.layout == torch.strided:
-            value.form = (tensor.dtype, tensor.stride())
+        form = (tensor.dtype, tensor.stride()) if self.traced == "data" and tensor.layout == torch.strided else ()
+        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), form=form, **options)
         values.append(value)
         return value
 
@@ -197,9 +199,13 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tu
 
 def named_tensors(model: nn.Module, held: Sequence[str] = ("_parameters", "_buffers")) -> list[tuple[str, Tensor]]:
     """Each parameter and buffer once, by its first name; or only those of one kind."""
+    return tensors_in(named_modules(model), held)
+
+
+def tensors_in(modules: Modules, held: Sequence[str] = ("_parameters", "_buffers")) -> list[tuple[str, Tensor]]:
+    """What `named_tensors` gives for a model with these `named_modules`."""
     found: list[tuple[str, Tensor]] = []
     seen: set[int] = set()
-    modules = named_modules(model)
     for kind in held:
         for path, module in modules:
             table = vars(module)[kind]
@@ -246,47 +252,62 @@ def without_data(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-_HELD = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")  # changed in place by a run
-_OWN = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # dicts of a class of their own
+
+
+class Kept:
+    """What the modules of a model are now: their classes, attributes, tensors and hooks, and dicts that they fill.
+
+    Args:
+        model: Holds the modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = named_modules(model)
+        self.kinds = [type(module) for _, module in self.modules]
+        self.filled: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of it
+        self.empty: list[dict[str, Any]] = []
+        for _, module in self.modules:
+            attributes = vars(module)
+            self.filled.append((attributes, attributes.copy()))
+            tables = [value for value in attributes.values() if type(value) is dict]
+            for table in (*tables, *[attributes[name] for name in _HOOKS]):
+                if table:
+                    self.filled.append((table, table.copy()))
+                else:
+                    self.empty.append(table)
+
+    def put_back(self) -> None:
+        """Make the modules what they were."""
+        for (_, module), kind in zip(self.modules, self.kinds, strict=True):
+            if type(module) is not kind:
+                module.__class__ = kind
+        for now, was in self.filled:
+            if len(now) != len(was) or not all(map(operator.is_, now.values(), was.values())) or list(now) != list(was):
+                now.clear()
+                now.update(was)
+        for table in self.empty:
+            if table:
+                table.clear()
 
 
 @contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
+def put_back(model: nn.Module, kept: Kept | None = None) -> Iterator[Kept]:
     """Give every module its class, attributes, tensors and hooks back: some keep what a run computed, or add hooks.
 
     So do dicts that they fill, and functions that keep their results: a run neither finds nor leaves tensors there.
+
+    Args:
+        model: What runs.
+        kept: What it is at this time, if that is known.
     """
-    forget_tensors(model)
-    saved: list[tuple[dict[str, Any], list[str], list[Any]]] = []
-    kinds = []
-    empty: list[dict[str, Any]] = []
-    for _, module in named_modules(model):
-        kinds.append((module, type(module)))
-        attributes = vars(module)
-        saved.append((attributes, list(attributes), list(attributes.values())))
-        for name, value in attributes.items():
-            if type(value) is dict and name not in _OWN:
-                saved.append((value, list(value), list(value.values())))
-        for held in _HELD:
-            table = attributes[held]
-            if table:
-                saved.append((table, list(table), list(table.values())))
-            else:
-                empty.append(table)
+    kept = kept or Kept(model)
+    forget_tensors(kept.kinds)
     try:
-        yield
+        yield kept
     finally:
-        for module, kind in kinds:
-            if type(module) is not kind:
-                module.__class__ = kind
-        for now, names, values in saved:
-            if len(now) != len(names) or not all(map(operator.is_, now.values(), values)) or list(now) != names:
-                now.clear()
-                now.update(zip(names, values, strict=True))
-        for table in empty:
-            if table:
-                table.clear()
-        forget_tensors(model)
+        kept.put_back()
+        forget_tensors(kept.kinds)
 
 
 def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = None) -> nn.Module:

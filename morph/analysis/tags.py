@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from morph.analysis.recording import Value, collect
 from morph.analysis.recording import values_in as values_in
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Tag:
     """The labels of a tensor: for each axis, one for each position.
 
@@ -23,10 +24,10 @@ class Tag:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return tuple(len(a) for a in self.axes)
+        return tuple(map(len, self.axes))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Sum:
     """A sum over an axis of an operand: who reads the positions of that axis.
 
@@ -58,7 +59,7 @@ class Statistic:
     labels: tuple[Labels, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Pin:
     """Labels were pinned.
 
@@ -91,6 +92,7 @@ def tags_in(tree: Any) -> list[Tag]:
     return collect(tree, Tag, [])
 
 
+@functools.cache
 def operator_name(target: Any) -> str:
     """Name of an operator for messages: ``aten.add.Tensor`` or the name of a class."""
     return target.__name__ if isinstance(target, type) else str(target)

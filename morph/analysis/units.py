@@ -14,7 +14,7 @@ from morph.analysis.propagation import Propagation
 from morph.analysis.recording import Value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Axis:
     """One axis of one tensor with its final labels.
 
