@@ -19,7 +19,7 @@ from morph.analysis.atoms import Labels
 from morph.analysis.following import floats_in, follows, same_data, to_follow
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Kept, Recording, Value, evaluating, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
