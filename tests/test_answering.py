@@ -252,3 +252,22 @@ def test_tensors_without_data_pass_for_those_of_the_processor():
         number = torch.tensor([1.5], device=x.device)
     assert made.is_meta
     assert number.tolist() == [1.5]
+
+
+class FindsNothing(nn.Module):
+    """Joins tensors without elements, alone and to others, as detection does where it has found nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = torch.cat([torch.zeros(0), torch.zeros(0)])
+        return self.head(torch.cat([self.body(x), nothing])) + nothing.sum()
+
+
+def test_tensors_without_elements_are_joined():
+    torch.manual_seed(0)
+    result = prune(FindsNothing(), torch.randn(4, 3), ratio=0.5)
+    assert result.model.body.out_features < WIDTH
+    assert all(check.passed for check in result.record.checks)
