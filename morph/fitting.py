@@ -16,10 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
-from morph.analysis.following import floats_in, follows, same_data
+from morph.analysis.following import floats_in, follows, same_data, to_follow
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Kept, Recording, Value, evaluating, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
@@ -126,12 +126,12 @@ class Fitter:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         recorded = self.analysis.recording
         settled = recorded.settled
-        if self._plain(recorded):
-            with self._cut(edits, attributes) as cut:
+        if (bare := to_follow(recorded)) is not None:
+            with _cut(bare, edits, attributes, recorded.kept if bare is recorded.twin else None) as cut:
                 shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
                 if follows(cut, self.inputs, recorded, shape, takes):
                     return None
-        with self._cut(edits, attributes) as cut:
+        with _cut(self.base, edits, attributes, recorded.kept) as cut:
             recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
@@ -159,23 +159,6 @@ class Fitter:
         if not all(map(_layout_only, expected[at:])):
             return Misfit(at, expected[at].module, "the code takes another way")
         return self._laid_out(start, expected[start:], recording.calls[begun:], times)
-
-    @contextmanager
-    def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
-        """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.analysis.recording.kept or Kept(named_modules(self.base))):
-            resize_own(self.base, edits)
-            set_sizes(self.base, attributes)
-            yield self.base
-
-    def _plain(self, recorded: Recording) -> bool:
-        """Whether the run before had shapes only, and none that depends on values."""
-        return (
-            recorded.twin is self.base
-            and recorded.traced == "shapes"
-            and not recorded.whole
-            and recorded.settled == recorded.evaluated
-        )
 
     def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
         """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
@@ -278,6 +261,17 @@ class Fitter:
         for path, table in votes.items():
             result[path] = {a: counter.most_common(1)[0][0] for a, counter in table.items()}
         return result
+
+
+@contextmanager
+def _cut(
+    model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
+) -> Iterator[nn.Module]:
+    """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
+    with put_back(kept or Kept(named_modules(model))):
+        resize_own(model, edits)
+        set_sizes(model, attributes)
+        yield model
 
 
 def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
