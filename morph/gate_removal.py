@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from morph.analysis import analyse
 from morph.analysis.atoms import Labels
 from morph.analysis.edits import times_of
+from morph.analysis.group_counts import new_groups
 from morph.analysis.recording import Inputs, Value, skeleton
 from morph.branches import Branch, constant_of
 from morph.carriers import Carried, Carrier
 from morph.errors import EditError
-from morph.fitting import new_groups
 from morph.gate_sites import Layout
 from morph.graph_fitting import mend
 from morph.graphs import graph_of
@@ -104,7 +104,8 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     """
     cut = resized(model, removal.resizes)
     assert isinstance(cut, fx.GraphModule)
-    set_attributes(cut, removal.groups)
+    groups = [g for g in removal.groups if hasattr(cut.get_submodule(g.module), g.attribute)]  # not looked through
+    set_attributes(cut, groups)
     if removal.reroutes:
         reroute(cut, removal.reroutes)
     if removal.drops:
@@ -116,7 +117,7 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
         raise EditError(
             f"the traced graph cannot carry the removal: {misfit.reason} (in {misfit.module or 'the model'})"
         )
-    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *removal.groups]
+    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *groups]
     everything += [*removal.reroutes, *removal.drops, *constants]
     return Plan(tuple(everything))
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from morph.analysis.atoms import Labels
 from morph.analysis.bare import Bare
 from morph.analysis.edits import times_of
+from morph.analysis.group_counts import groups_after
 from morph.analysis.picking import padding_after, same_index
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
@@ -170,6 +171,9 @@ class _Refit(Interpreter):
             sides = {slot: old for slot, old in self.numbers.items() if type(old) is int}
             axes = self.state.tag(output).axes
             wanted = dict(zip(sides, padding_after(axes, self.times, list(sides.values())), strict=True))
+        elif name == "group_norm":
+            groups = groups_after(self.state, output, self.times)
+            wanted |= {slot: groups for slot in ("args.1", "kwargs.num_groups") if slot in self.numbers and groups}
         for slot, v in slots(n):
             if slot in wanted and wanted[slot] != (self.env[v] if isinstance(v, fx.Node) else v):
                 yield SetConstant(n.name, slot, wanted[slot])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from morph.analysis.atoms import Labels
+from morph.analysis.group_counts import groups_after
 from morph.analysis.propagation import Propagation
 from morph.analysis.recording import Call
 from morph.analysis.table import axis_of
@@ -35,6 +36,8 @@ def takes_the_same(
     if call.target is _aten.constant_pad_nd.default:
         now = args[1]
         return list(now) == padding_after(state.tag(call.output).axes, times, call.args[1])
+    if call.target is _aten.native_group_norm.default:
+        return bool(args[6] == groups_after(state, call.output[0], times))
     if call.target is not _aten.slice.Tensor:
         return same_numbers(call, args, kwargs)
     axes = state.tag(call.args[0]).axes
