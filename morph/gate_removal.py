@@ -20,6 +20,7 @@ from morph.errors import EditError
 from morph.gate_sites import Layout
 from morph.graph_fitting import mend
 from morph.graphs import graph_of
+from morph.in_place import Writings
 from morph.liveness import Closing
 from morph.plan import DropBranch, Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
 from morph.readers import Graphed
@@ -194,6 +195,7 @@ class _Sources:
 
     def __init__(self, graph: Graphed, times: Labels) -> None:
         self.graph, self.times = graph, times
+        self.writings = Writings(graph.graph.graph, graph.graph)
 
     def kept(self, node: fx.Node, axis: int) -> Labels:
         """The positions of an axis that stay."""
@@ -204,8 +206,10 @@ class _Sources:
         return any(len(roots) and not self.times[roots].any() for roots in self.graph.roots(node.name))
 
     def cat_axis(self, node: fx.Node) -> int | None:
-        """The axis along which a node joins others; None if it does not."""
+        """The axis along which a node joins others; None if it does not, or what it gave is written over."""
         if node.op != "call_function" or node.target not in _CATS or not self._operands(node):
+            return None
+        if self.writings.between(node):
             return None
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         rank = len(self.graph.roots(node.name))
