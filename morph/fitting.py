@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
 from morph.analysis.following import floats_in, follows, same_data, to_follow
+from morph.analysis.group_counts import group_counts, new_groups
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
 from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
-from morph.module_tree import module_at
 from morph.plan import FreeAttention, Resize, SetAttribute
 from morph.resizing import resize_own, told
 
@@ -102,7 +101,7 @@ class Fitter:
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        chosen = [*self.groups(times), *attention_edits(self.base, edits)]
+        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits)]
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
@@ -117,10 +116,6 @@ class Fitter:
             else:
                 break
         return Fit(tuple(chosen), misfit)
-
-    def groups(self, times: Labels) -> list[SetAttribute]:
-        """The new numbers of groups of torch's own convolutions and group norms."""
-        return new_groups(self.base, self.analysis, times)
 
     def _try(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit], times: Labels) -> Misfit | None:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
@@ -194,7 +189,8 @@ class Fitter:
         if was != now:
             return f"{operator_name(new.target)} uses the constants {now}, were {was}"
         if old.target == new.target and not self._takes(old, new.args, new.kwargs, times):
-            return f"{operator_name(new.target)} takes positions or numbers {new.args[1:]}, was {old.args[1:]}"
+            now, was = ([a for a in c.args if not isinstance(a, Value)] for c in (new, old))
+            return f"{operator_name(new.target)} takes positions or numbers {now}, was {was}"
         return ""
 
     def _takes(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], times: Labels) -> bool:
@@ -247,9 +243,11 @@ class Fitter:
         votes: dict[str, dict[int, collections.Counter[int]]] = collections.defaultdict(
             lambda: collections.defaultdict(collections.Counter)
         )
-        for call in self.analysis.recording.calls:
+        groups = {number: (a, b) for number, a, b in group_counts(self.analysis.state, times) if a != b}
+        for number, call in enumerate(self.analysis.recording.calls):
             for value in [*call.reads, *values_in(call.output)]:
                 pairs = [(a, b) for a, b in zip(value.shape, self.shape(value, times), strict=True) if a != b]
+                pairs += [groups[number]] if number in groups else []
                 path = call.module
                 while pairs:
                     for a, b in pairs:
@@ -272,19 +270,6 @@ def _cut(
         resize_own(model, edits)
         set_sizes(model, attributes)
         yield model
-
-
-def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
-    """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
-    found: dict[str, SetAttribute] = {}
-    for number, labels in analysis.state.groups.items():
-        path = analysis.recording.calls[number].module
-        module = module_at(base, path)
-        attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
-        old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
-        if new != old and isinstance(module, _ConvNd | nn.GroupNorm):
-            found[path] = SetAttribute(path, attribute, old, new)
-    return list(found.values())
 
 
 def _layout_only(call: Call) -> bool:

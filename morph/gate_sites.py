@@ -118,29 +118,37 @@ def require_sites(model: nn.Module, sites: Sequence[Site], left: Mapping[str, st
         EditError: If there is not; gives the first reasons.
     """
     if not sites:
-        reasons = sorted(set(left.values()))
-        raise EditError(
-            f"{type(model).__name__} has no channel that can be gated"
-            + (f": {'; '.join(reasons[:3])}" if reasons else "")
-        )
+        reasons = sorted(set(left.values())) or ["what layers read is fixed, under a statistic, or in uneven groups"]
+        raise EditError(f"{type(model).__name__} has no channel that can be gated: {'; '.join(reasons[:3])}")
 
 
 def chosen_units(graph: Survey) -> dict[str, Mask]:
     """For each reader's node which of its pairs of unit and position can be gated there.
 
-    A unit must be over no statistic and be read by readers alone. Where units overlap, as whole groups and the
-    positions inside them do, those whose positions lie together come first; one that another reader cannot have is out.
+    A unit must be over no statistic, be read by readers alone, and lie alike in all groups of a reader whose groups
+    share the columns of its weight. Where units overlap, as whole groups and the positions inside them do, those whose
+    positions lie together come first; one that another reader cannot have is out.
     """
     picked: dict[str, Mask] = {}
     refused: set[int] = set()
     for reader in graph.readers:
-        keep = ~graph.pinned[reader.units]
+        keep = ~graph.pinned[reader.units] & _alike_in_groups(reader)
         if len(np.unique(reader.positions[keep])) < keep.sum():
             keep &= np.isin(reader.units, _disjoint(reader, keep))
         picked[reader.node] = keep
         refused.update(reader.units[~keep].tolist())
     out = np.array(sorted(refused), np.int64)
     return {r.node: picked[r.node] & ~np.isin(r.units, out) for r in graph.readers}
+
+
+def _alike_in_groups(reader: Reader) -> Mask:
+    """Which pairs are of units that lie at the same positions of every group, so that one column has one gate."""
+    if reader.groups == 1 or not reader.into:
+        return np.ones(len(reader.units), bool)
+    column = reader.positions % (len(reader.roots) // reader.groups)
+    held = collections.Counter(zip(reader.units.tolist(), column.tolist(), strict=True))
+    uneven = {unit for (unit, _), groups in held.items() if groups < reader.groups}
+    return ~np.isin(reader.units, list(uneven))
 
 
 def _disjoint(reader: Reader, keep: Mask) -> list[int]:
@@ -214,7 +222,7 @@ def by_coupling(graph: Survey, chosen: Mapping[str, Mask]) -> Iterator[Site]:
     """One site for each coupling, whose gates all its readers share."""
     for name, numbers in graph.analysis.numbers.items() if graph.readers else ():
         held = [r.units[chosen[r.node] & np.isin(r.units, numbers)] for r in graph.readers]
-        own = np.unique(np.concatenate(held))
+        own = np.unique(np.concatenate(held or [numbers[:0]]))
         taps, readers = [], []
         for reader in graph.readers:
             here = chosen[reader.node] & np.isin(reader.units, own)
