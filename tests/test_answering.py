@@ -11,7 +11,7 @@ import morph.fitting
 from morph.analysis import analyse
 from morph.analysis.answering import OnProcessor, alike
 from morph.analysis.following import follows
-from morph.analysis.recording import Value, put_back
+from morph.analysis.recording import Kept, Value, named_modules, put_back
 from morph.fitting import Fitter
 from morph.pruning import prune
 from morph.resizing import resize_own
@@ -139,7 +139,7 @@ def led(model, inputs, seed=0, **attributes):
     assert recording.traced == "data"
     assert edits
     skeleton = recording.skeleton
-    with put_back(skeleton):
+    with put_back(Kept(named_modules(skeleton))):
         resize_own(skeleton, edits)
         vars(skeleton).update(attributes)
         found = follows(skeleton, inputs, recording, lambda v: fitter.shape(v, times))
