@@ -39,6 +39,8 @@ from morph.zoo import build
 
 TEACHER, SHARE = "densenet-bc-22-12", 0.3
 IMAGES, SEARCH_ROUNDS, STUDENT_ROUNDS, TEACHER_ROUNDS, BATCH = 20_000, 4, 8, 8, 64
+GATE_LR = 0.5  # 0.01 in the paper, for a hundred times as many steps
+SAID = {"rounds": "rounds", "gate_lr": "gate step"}
 SEARCHES = ("kd-weighted", "kd", "np-weighted", "np")
 OTHERS = ("uniform", "random", "torch-pruning group norm", "torch-pruning taylor")
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4, 5)
@@ -59,6 +61,10 @@ def jobs() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:  # as many rounds as weights have seen that a search has trained
         rounds = {"rounds": SEARCH_ROUNDS + STUDENT_ROUNDS}
         yield {"way": "torch-pruning taylor", "seed": seed, "weights": "inherited", "options": rounds}
+    for seed in SEEDS:  # steps of the gates as much longer as the search is shorter than that of the paper
+        for weights in ("fresh", "inherited"):
+            for way in ("kd-weighted", "np-weighted"):
+                yield {"way": way, "seed": seed, "weights": weights, "options": {"gate_lr": GATE_LR}}
     for seed in MORE_SEEDS:  # which of the two weighted searches is first
         for weights in ("fresh", "inherited"):
             for way in ("kd-weighted", "np-weighted"):
@@ -238,10 +244,9 @@ def summary(bench: Bench) -> None:
     ]
     groups = defaultdict(list)
     for line in lines:
-        if line["options"].keys() <= {"rounds"}:
-            rounds = line["options"].get("rounds")
-            name = f"{line['way']}, {line['weights']} weights" + (f", {rounds} rounds" if rounds else "")
-            groups[name].append(line)
+        if line["options"].keys() <= {"rounds", "gate_lr"}:
+            more = "".join(f", {value} {SAID[key]}" for key, value in line["options"].items())
+            groups[f"{line['way']}, {line['weights']} weights{more}"].append(line)
     table = {
         name: {**spread([line["error"] for line in group]), "runs": group}
         for name, group in sorted(groups.items(), key=lambda item: statistics.mean(r["error"] for r in item[1]))

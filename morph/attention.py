@@ -71,6 +71,18 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         self.value_head_dim = self.scale_dim = self.head_dim if head_dim is None else head_dim
         self._qkv_same_embed_dim = False  # torch's fused kernels ask for this, and fit only tied widths
 
+    def _reset_parameters(self) -> None:
+        """Draw the weights afresh as torch does, which asks whether widths are tied for which of them there are."""
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
     def resize(self, num_heads: int, head_dim: int, value_head_dim: int) -> None:
         """Take new numbers of heads and of positions in each; widths are those that the weights have.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
+from morph.analysis.group_counts import new_groups
 from morph.analysis.recording import Inputs
 from morph.cut import apply_plan
 from morph.errors import TraceError
@@ -18,6 +19,7 @@ from morph.fitting import Fitter, Misfit
 from morph.graph_fitting import GraphFitter
 from morph.heads import attention_edits
 from morph.plan import Edit, Plan, Resize, UseGraph
+from morph.recurrent import recurrent_edits
 
 Form = Literal["auto", "class", "graph"]
 
@@ -121,7 +123,9 @@ class Carrier:
                 self.no_graph = str(error)
         if self.graph is None:
             return Misfit(0, "", self.no_graph)
-        sizes = [*self.fitter.groups(times), *attention_edits(self.graph.graph, edits)]
+        graph = self.graph.graph  # without the modules that it looks through
+        inside = [*attention_edits(graph, edits), *recurrent_edits(graph, edits)]
+        sizes = [*new_groups(graph, self.analysis, times), *inside]
         constants, misfit = self.graph.fit(edits, sizes)
         if misfit is not None:
             return misfit

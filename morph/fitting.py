@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis
 from morph.analysis.atoms import Labels
-from morph.analysis.following import floats_in, follows, same_data
+from morph.analysis.following import floats_in, follows, same_data, to_follow
+from morph.analysis.group_counts import group_counts, new_groups
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Kept, Recording, Value, evaluating, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
-from morph.module_tree import module_at
 from morph.plan import FreeAttention, Resize, SetAttribute
 from morph.resizing import resize_own, told
 
@@ -102,7 +101,7 @@ class Fitter:
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        chosen = [*self.groups(times), *attention_edits(self.base, edits)]
+        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits)]
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
@@ -118,20 +117,16 @@ class Fitter:
                 break
         return Fit(tuple(chosen), misfit)
 
-    def groups(self, times: Labels) -> list[SetAttribute]:
-        """The new numbers of groups of torch's own convolutions and group norms."""
-        return new_groups(self.base, self.analysis, times)
-
     def _try(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit], times: Labels) -> Misfit | None:
         """Run the cut model with these attributes; say where it first differs from what is expected."""
         recorded = self.analysis.recording
         settled = recorded.settled
-        if self._plain(recorded):
-            with self._cut(edits, attributes) as cut:
+        if (bare := to_follow(recorded)) is not None:
+            with _cut(bare, edits, attributes, recorded.kept if bare is recorded.twin else None) as cut:
                 shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
                 if follows(cut, self.inputs, recorded, shape, takes):
                     return None
-        with self._cut(edits, attributes) as cut:
+        with _cut(self.base, edits, attributes, recorded.kept) as cut:
             recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
@@ -159,23 +154,6 @@ class Fitter:
         if not all(map(_layout_only, expected[at:])):
             return Misfit(at, expected[at].module, "the code takes another way")
         return self._laid_out(start, expected[start:], recording.calls[begun:], times)
-
-    @contextmanager
-    def _cut(self, edits: Sequence[Resize], attributes: Sequence[SizeEdit]) -> Iterator[nn.Module]:
-        """The copy with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-        with put_back(self.analysis.recording.kept or Kept(named_modules(self.base))):
-            resize_own(self.base, edits)
-            set_sizes(self.base, attributes)
-            yield self.base
-
-    def _plain(self, recorded: Recording) -> bool:
-        """Whether the run before had shapes only, and none that depends on values."""
-        return (
-            recorded.twin is self.base
-            and recorded.traced == "shapes"
-            and not recorded.whole
-            and recorded.settled == recorded.evaluated
-        )
 
     def _laid_out(self, start: int, old: Sequence[Call], new: Sequence[Call], times: Labels) -> Misfit | None:
         """The first of some calls that only lay out whose shape is not the one expected, but for axes of one."""
@@ -211,7 +189,8 @@ class Fitter:
         if was != now:
             return f"{operator_name(new.target)} uses the constants {now}, were {was}"
         if old.target == new.target and not self._takes(old, new.args, new.kwargs, times):
-            return f"{operator_name(new.target)} takes positions or numbers {new.args[1:]}, was {old.args[1:]}"
+            now, was = ([a for a in c.args if not isinstance(a, Value)] for c in (new, old))
+            return f"{operator_name(new.target)} takes positions or numbers {now}, was {was}"
         return ""
 
     def _takes(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], times: Labels) -> bool:
@@ -264,9 +243,11 @@ class Fitter:
         votes: dict[str, dict[int, collections.Counter[int]]] = collections.defaultdict(
             lambda: collections.defaultdict(collections.Counter)
         )
-        for call in self.analysis.recording.calls:
+        groups = {number: (a, b) for number, a, b in group_counts(self.analysis.state, times) if a != b}
+        for number, call in enumerate(self.analysis.recording.calls):
             for value in [*call.reads, *values_in(call.output)]:
                 pairs = [(a, b) for a, b in zip(value.shape, self.shape(value, times), strict=True) if a != b]
+                pairs += [groups[number]] if number in groups else []
                 path = call.module
                 while pairs:
                     for a, b in pairs:
@@ -280,17 +261,15 @@ class Fitter:
         return result
 
 
-def new_groups(base: nn.Module, analysis: Analysis, times: Labels) -> list[SetAttribute]:
-    """The new numbers of groups of torch's own convolutions and group norms in ``base``."""
-    found: dict[str, SetAttribute] = {}
-    for number, labels in analysis.state.groups.items():
-        path = analysis.recording.calls[number].module
-        module = module_at(base, path)
-        attribute = "groups" if isinstance(module, _ConvNd) else "num_groups"
-        old, new = len(labels), int(times[labels].sum()) if len(labels) > 1 else 1
-        if new != old and isinstance(module, _ConvNd | nn.GroupNorm):
-            found[path] = SetAttribute(path, attribute, old, new)
-    return list(found.values())
+@contextmanager
+def _cut(
+    model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
+) -> Iterator[nn.Module]:
+    """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
+    with put_back(kept or Kept(named_modules(model))):
+        resize_own(model, edits)
+        set_sizes(model, attributes)
+        yield model
 
 
 def _layout_only(call: Call) -> bool:

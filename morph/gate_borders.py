@@ -6,11 +6,11 @@ import collections
 from collections.abc import Mapping
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from morph.analysis.atoms import Labels
 from morph.analysis.borders import Border
-from morph.in_place import IN_PLACE
+from morph.in_place import writes_over
 from morph.readers import Graphed, Reader
 
 _BORDER = "morph_border_"
@@ -39,7 +39,7 @@ def _channelwise(graph: Graphed, node: fx.Node, reader: Reader, calls: Mapping[o
     if module is not None and calls[node.target] > 1 and any(True for _ in module.parameters()):
         return False
     shared = len(node.all_input_nodes[0].users) > 1
-    return not (shared and _in_place(node, module))
+    return not (shared and writes_over(node, module))
 
 
 def _mixes(graph: Graphed, node: fx.Node, roots: Labels) -> bool:
@@ -57,16 +57,6 @@ def _mixes(graph: Graphed, node: fx.Node, roots: Labels) -> bool:
         and not own.isdisjoint(state.atoms.find(labels).tolist())
         and not any(r.node == node.name for r in graph.readers)
         for call, value, labels in over
-    )
-
-
-def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node writes over what it reads."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(
-        getattr(module, "inplace", False)
-        or node.kwargs.get("inplace")
-        or (module is None and (name.endswith("_") or node.target in IN_PLACE))
     )
 
 

@@ -12,19 +12,22 @@ from torch import Tensor, fx, nn
 from morph.analysis import analyse
 from morph.analysis.atoms import Labels
 from morph.analysis.edits import times_of
+from morph.analysis.group_counts import new_groups
 from morph.analysis.recording import Inputs, Value, skeleton
 from morph.branches import Branch, constant_of
 from morph.carriers import Carried, Carrier
 from morph.errors import EditError
-from morph.fitting import new_groups
 from morph.gate_sites import Layout
 from morph.graph_fitting import mend
 from morph.graphs import graph_of
+from morph.heads import attention_edits, set_sizes
+from morph.in_place import Writings
 from morph.liveness import Closing
 from morph.plan import DropBranch, Edit, Plan, Reroute, Resize, SetAttribute, UseGraph
 from morph.readers import Graphed
+from morph.recurrent import recurrent_edits
 from morph.rerouting import drop_branches, reroute
-from morph.resizing import resized, set_attributes
+from morph.resizing import resized
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -104,7 +107,10 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
     """
     cut = resized(model, removal.resizes)
     assert isinstance(cut, fx.GraphModule)
-    set_attributes(cut, removal.groups)
+    groups = [g for g in removal.groups if hasattr(cut.get_submodule(g.module), g.attribute)]  # not looked through
+    inside = [*attention_edits(model, removal.resizes), *recurrent_edits(model, removal.resizes)]
+    sizes = [*groups, *inside]
+    set_sizes(cut, sizes)
     if removal.reroutes:
         reroute(cut, removal.reroutes)
     if removal.drops:
@@ -116,7 +122,7 @@ def graph_plan(layout: Layout, closing: Closing, removal: Removal, model: fx.Gra
         raise EditError(
             f"the traced graph cannot carry the removal: {misfit.reason} (in {misfit.module or 'the model'})"
         )
-    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *removal.groups]
+    everything: list[Edit] = [UseGraph("symbolic"), *removal.resizes, *sizes]
     everything += [*removal.reroutes, *removal.drops, *constants]
     return Plan(tuple(everything))
 
@@ -193,6 +199,7 @@ class _Sources:
 
     def __init__(self, graph: Graphed, times: Labels) -> None:
         self.graph, self.times = graph, times
+        self.writings = Writings(graph.graph.graph, graph.graph)
 
     def kept(self, node: fx.Node, axis: int) -> Labels:
         """The positions of an axis that stay."""
@@ -203,8 +210,10 @@ class _Sources:
         return any(len(roots) and not self.times[roots].any() for roots in self.graph.roots(node.name))
 
     def cat_axis(self, node: fx.Node) -> int | None:
-        """The axis along which a node joins others; None if it does not."""
+        """The axis along which a node joins others; None if it does not, or what it gave is written over."""
         if node.op != "call_function" or node.target not in _CATS or not self._operands(node):
+            return None
+        if self.writings.between(node):
             return None
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         rank = len(self.graph.roots(node.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from morph.gate_borders import add_border, top_edge
 from morph.graphs import graph_of
 from morph.passes.gates import Tap
 from morph.readers import Graphed, Mask, Reader, Survey, graphed
+from morph.weight_readers import with_inner
 
 Where = Literal["auto", "producer", "connection"]
 Kind = Literal["producer", "connection"]
@@ -28,7 +29,8 @@ class Site:
     """Gates that belong together.
 
     Attributes:
-        name: Path of the reader in front of which they stand; with ``where="producer"`` the name of their coupling.
+        name: Path of the reader in front of which they stand, or the name of its weight where no node calls it; with
+            ``where="producer"``, and where several such weights share gates, the name of their coupling.
         gates: How many, k.
         kind: ``producer`` if a closed gate takes the channel from whoever makes it, ``connection`` if it takes it from
             this reader alone.
@@ -83,12 +85,12 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
         TraceError: If the model cannot be traced symbolically.
         EditError: If there is no channel that can be gated.
     """
-    plain = graphed(graph_of(skeleton(model)), inputs)
+    plain = with_inner(graphed(graph_of(skeleton(model)), inputs))
     chosen = chosen_units(plain)
     connections = [
         r
         for r in plain.readers
-        if not r.through and (where == "connection" or (where == "auto" and _reused(plain, chosen, r)))
+        if not (r.through or r.inner) and (where == "connection" or (where == "auto" and _reused(plain, chosen, r)))
     ]
     graph = graph_of(skeleton(model))
     left = dict(plain.unread)
@@ -101,7 +103,7 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
             borders[add_border(graph, *top, reader.axis)] = reader.path
     graph.graph.lint()
     graph.recompile()
-    bordered = graphed(graph, inputs)
+    bordered = with_inner(graphed(graph, inputs))
     found = _sites(plain, bordered, set(borders.values()), where, left)
     sites = tuple(found)
     require_sites(model, sites, left)
@@ -116,29 +118,37 @@ def require_sites(model: nn.Module, sites: Sequence[Site], left: Mapping[str, st
         EditError: If there is not; gives the first reasons.
     """
     if not sites:
-        reasons = sorted(set(left.values()))
-        raise EditError(
-            f"{type(model).__name__} has no channel that can be gated"
-            + (f": {'; '.join(reasons[:3])}" if reasons else "")
-        )
+        reasons = sorted(set(left.values())) or ["what layers read is fixed, under a statistic, or in uneven groups"]
+        raise EditError(f"{type(model).__name__} has no channel that can be gated: {'; '.join(reasons[:3])}")
 
 
 def chosen_units(graph: Survey) -> dict[str, Mask]:
     """For each reader's node which of its pairs of unit and position can be gated there.
 
-    A unit must be over no statistic and be read by readers alone. Where units overlap, as whole groups and the
-    positions inside them do, those whose positions lie together come first; one that another reader cannot have is out.
+    A unit must be over no statistic, be read by readers alone, and lie alike in all groups of a reader whose groups
+    share the columns of its weight. Where units overlap, as whole groups and the positions inside them do, those whose
+    positions lie together come first; one that another reader cannot have is out.
     """
     picked: dict[str, Mask] = {}
     refused: set[int] = set()
     for reader in graph.readers:
-        keep = ~graph.pinned[reader.units]
+        keep = ~graph.pinned[reader.units] & _alike_in_groups(reader)
         if len(np.unique(reader.positions[keep])) < keep.sum():
             keep &= np.isin(reader.units, _disjoint(reader, keep))
         picked[reader.node] = keep
         refused.update(reader.units[~keep].tolist())
     out = np.array(sorted(refused), np.int64)
     return {r.node: picked[r.node] & ~np.isin(r.units, out) for r in graph.readers}
+
+
+def _alike_in_groups(reader: Reader) -> Mask:
+    """Which pairs are of units that lie at the same positions of every group, so that one column has one gate."""
+    if reader.groups == 1 or not reader.into:
+        return np.ones(len(reader.units), bool)
+    column = reader.positions % (len(reader.roots) // reader.groups)
+    held = collections.Counter(zip(reader.units.tolist(), column.tolist(), strict=True))
+    uneven = {unit for (unit, _), groups in held.items() if groups < reader.groups}
+    return ~np.isin(reader.units, list(uneven))
 
 
 def _disjoint(reader: Reader, keep: Mask) -> list[int]:
@@ -177,8 +187,14 @@ def _sites(
     if where == "producer":
         yield from by_coupling(bordered, chosen)
         return
-    before = {reader.path: reader for reader in plain.readers}
+    before = {reader.name: reader for reader in plain.readers}
+    inner = tuple(by_coupling(replace(bordered, readers=tuple(r for r in bordered.readers if r.inner)), chosen))
     for reader in bordered.readers:
+        if reader.inner:
+            yield from (names.known(site, before) for site in inner if site.taps[0].reader == reader.node)
+            if not any(tap.reader == reader.node for site in inner for tap in site.taps):
+                left[reader.name] = why_not(reader)
+            continue
         keep = chosen[reader.node] & (count[reader.units] == 1)
         units, positions = reader.units[keep], reader.positions[keep]
         if reader.through:
@@ -204,9 +220,9 @@ def _sites(
 
 def by_coupling(graph: Survey, chosen: Mapping[str, Mask]) -> Iterator[Site]:
     """One site for each coupling, whose gates all its readers share."""
-    for name, numbers in graph.analysis.numbers.items():
+    for name, numbers in graph.analysis.numbers.items() if graph.readers else ():
         held = [r.units[chosen[r.node] & np.isin(r.units, numbers)] for r in graph.readers]
-        own = np.unique(np.concatenate(held))
+        own = np.unique(np.concatenate(held or [numbers[:0]]))
         taps, readers = [], []
         for reader in graph.readers:
             here = chosen[reader.node] & np.isin(reader.units, own)
@@ -267,6 +283,13 @@ class _Names:
         chosen = chosen_units(plain)
         self.chosen = {u for r in plain.readers for u in r.units[chosen[r.node]].tolist()}
 
+    def known(self, site: Site, readers: Mapping[str, Reader]) -> Site:
+        """A site of the graph with borders, with the couplings of the model."""
+        tap = site.taps[0]
+        first = np.array([tap.index.index(gate) for gate in range(site.gates) if gate in tap.index], np.int64)
+        name = tap.reader if len(site.taps) == 1 else site.name
+        return replace(site, name=name, couplings=self.of(readers[tap.reader], first)[0])
+
     def of(self, reader: Reader, positions: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The couplings at some positions of what a reader reads, and who makes each position."""
         units, places = self.plain.analysis.units.on(reader.roots)
@@ -274,8 +297,8 @@ class _Names:
         for unit, place in zip(units.tolist(), places.tolist(), strict=True):
             if place not in best or unit in self.chosen:
                 best[place] = self.owner[unit]
-        node = next(n for n in self.plain.graph.graph.nodes if n.name == reader.source)
-        other = str(node.target) if node.op == "call_module" else node.name
+        node = next((n for n in self.plain.graph.graph.nodes if n.name == reader.source), None)
+        other = str(node.target) if node is not None and node.op == "call_module" else reader.source
         found = [best.get(p) for p in positions.tolist()]
         makers = {name: maker_of(self.plain.analysis, name) for name in set(found) if name}
         couplings = tuple(dict.fromkeys(name for name in found if name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from morph.analysis import Sizes, count_sizes
+from morph.analysis.admission import admit
 from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
 from morph.cut import apply_plan
 from morph.errors import EditError, SymbolicTraceError, TargetError
 from morph.gate_removal import bare_graph, class_plan, graph_plan, plan_removal
 from morph.gate_sites import Layout, Site, Where, lay_out
+from morph.gate_trials import without_fixed
 from morph.gate_weights import Measure, saved
 from morph.graphs import graph_of
 from morph.inputs import plain
@@ -24,9 +26,10 @@ from morph.liveness import Closing, Liveness
 from morph.model_config import with_config
 from morph.norm_counts import batch_norm_operations
 from morph.passes.gated_weights import gate_weights
-from morph.passes.gates import HOME, gates_of, insert_gates
+from morph.passes.gates import HOME, Tap, gates_of, insert_gates, insert_weight_gates
 from morph.plan import Plan, Record
 from morph.pruning import batch_of
+from morph.readers import Reader
 from morph.removal import LIMIT, compare
 from morph.surgery import Result, environment
 from morph.verify import require
@@ -53,13 +56,25 @@ class Gated:
         self.sites: tuple[Site, ...] = layout.sites
         self.left: Mapping[str, str] = layout.left
         self._source, self._inputs, self._layout, self._where = copy.deepcopy(source), plain(inputs), layout, where
-        readers, gates = layout.bordered.readers, {site.name: (site.gates, site.taps) for site in self.sites}
-        if isinstance(self.model, fx.GraphModule) and not layout.no_graph:
-            insert_gates(self.model, gates, {reader.node: len(reader.shape) for reader in readers})
-        else:
-            gate_weights(self.model, gates, {reader.weight: reader.into for reader in readers})
+        self._insert(layout.bordered.readers)
         self._liveness = Liveness(layout)
         self._batch = batch_of(inputs)
+
+    def _insert(self, readers: Sequence[Reader]) -> None:
+        """Put the gates of all sites in: in front of nodes, on weights that functions read, or on those of modules."""
+        axes = {reader.weight: reader.into for reader in readers if reader.inner}
+        graph = None if self._layout.no_graph else self.model
+        nodes = graph.graph.nodes if isinstance(graph, fx.GraphModule) else ()
+        fetched = {str(node.target) for node in nodes if node.op == "get_attr"}
+        gates: dict[str, dict[str, tuple[int, Sequence[Tap]]]] = {"node": {}, "function": {}, "module": {}}
+        for site in self.sites:
+            weight = site.taps[0].reader
+            kind = "node" if weight not in axes else "function" if weight in fetched else "module"
+            gates[kind][site.name] = (site.gates, site.taps)
+        gate_weights(self.model, gates["module"], axes)
+        if isinstance(graph, fx.GraphModule):
+            insert_weight_gates(graph, gates["function"], axes)
+            insert_gates(graph, gates["node"], {r.node: len(r.shape) for r in readers if not r.inner})
 
     @property
     def total(self) -> int:
@@ -133,6 +148,7 @@ class Gated:
         Raises:
             TargetError: If a site does not exist, or a mask is not of its length.
             EditError: If no form of the model can carry it.
+            TraceError: If the gated model keeps what cannot be copied, such as results of a run with gradients.
             CheckFailedError: If the result differs from the gated model.
         """
         masks = dict(self.closed() if closed is None else closed)
@@ -229,7 +245,11 @@ class Gated:
 
     def _with(self, values: Masks) -> nn.Module:
         """A float64 copy of the gated model with these gates."""
-        twin = double_copy(self.model)
+        try:
+            twin = double_copy(self.model)
+        except RuntimeError:
+            admit(self.model, self._inputs)  # names what cannot be copied
+            raise
         with torch.no_grad():
             for name, gate in gates_of(twin).items():
                 gate.weight.copy_(values[name])
@@ -245,7 +265,9 @@ def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gat
     """Put a multiplicative gate, one at birth, in front of what layers read.
 
     A gate stands right before its reader, behind norm and activation, so that a gate of zero is exactly what a cut
-    means: that reader sees zero. Outputs stay the same to the bit, and every gate has a gradient.
+    means: that reader sees zero. Outputs stay the same to the bit, and every gate has a gradient. Gates in front of
+    weights that no node of the graph calls, inside attention or recurrent layers or in `F.linear`, multiply the weight;
+    they are there for what nothing else reads: whole heads, hidden widths.
 
     Models that `torch.fx` cannot trace symbolically, such as those of Hugging Face, are run without data instead. Their
     gates are ``producer`` gates, which a cut of the model's own class can follow: whole heads, hidden widths. What a
@@ -279,7 +301,7 @@ def gate(model: nn.Module, example_inputs: Inputs, where: Where = "auto") -> Gat
 def _lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
     """The sites in the traced graph; where there is none, those that the model's own code can carry."""
     try:
-        return lay_out(model, inputs, where)
+        return without_fixed(lay_out(model, inputs, where), model)
     except SymbolicTraceError as error:
         if where == "connection":
             raise

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from morph.analysis.atoms import Labels
 from morph.analysis.bare import Bare
 from morph.analysis.edits import times_of
+from morph.analysis.group_counts import groups_after
 from morph.analysis.picking import padding_after, same_index
 from morph.analysis.propagation import Propagation, propagate
 from morph.analysis.recorder import record_nodes
@@ -151,11 +152,11 @@ class _Refit(Interpreter):
         """Whether brackets and paddings take the positions, and arithmetic the numbers, that they took before."""
         if any(True for _ in self._kept(n)):
             return False
-        if n.target is not operator.getitem or not isinstance(self.arguments[0], Value):
+        if n.target not in (operator.getitem, operator.setitem) or not isinstance(self.arguments[0], Value):
             return True
-        source, before = self.arguments
+        source, before = self.arguments[:2]
         now = fx.node.map_arg(n.args[1], lambda node: self.env[node])
-        return same_index(self.state.tag(source).axes, self.times, before, now)
+        return same_index([*map(self.state.atoms.find, self.state.tag(source).axes)], self.times, before, now)
 
     def _kept(self, n: fx.Node) -> Iterator[SetConstant]:
         """The numbers that are no sizes, and the sides of a padding, that are not what they must be."""
@@ -170,6 +171,9 @@ class _Refit(Interpreter):
             sides = {slot: old for slot, old in self.numbers.items() if type(old) is int}
             axes = self.state.tag(output).axes
             wanted = dict(zip(sides, padding_after(axes, self.times, list(sides.values())), strict=True))
+        elif name == "group_norm":
+            groups = groups_after(self.state, output, self.times)
+            wanted |= {slot: groups for slot in ("args.1", "kwargs.num_groups") if slot in self.numbers and groups}
         for slot, v in slots(n):
             if slot in wanted and wanted[slot] != (self.env[v] if isinstance(v, fx.Node) else v):
                 yield SetConstant(n.name, slot, wanted[slot])
@@ -205,36 +209,42 @@ class _Refit(Interpreter):
                 for axis in range(len(source.shape)):
                     if sum(v.shape[axis] for v in values) == source.shape[axis] and len(values) > 1:
                         yield [SplitAt(n.name, axis, tuple(s[axis] for s in shapes))]
-        places = [(slot, self._old(v)) for slot, v in slots(n)]
-        whole = [(slot, v) for slot, v in places if isinstance(v, int) and not isinstance(v, bool) and v > 1]
         if len(values) == 1:
-            yield from self._by_shape(n, values[0], whole)
-        tables = [self._new_sizes(n, values, v) for _, v in whole]
+            yield from self._by_shape(n, values[0])
+        bounds = n.target in (operator.getitem, operator.setitem)  # which may count from the end
+        places = [(slot, self._old(v), self._now(v)) for slot, v in slots(n)]
+        whole = [
+            (slot, old, now) for slot, old, now in places if type(old) is int and (old > 1 or (bounds and old < 0))
+        ]
+        tables = [self._new_sizes(n, values, old) for _, old, _ in whole]
         for combination in itertools.islice(itertools.product(*tables), _TRIES):
             trial = [
                 SetConstant(n.name, slot, new)
-                for (slot, old), new in zip(whole, combination, strict=True)
-                if new is not None and new != old
+                for (slot, _, now), new in zip(whole, combination, strict=True)
+                if new is not None and new != now
             ]
             if trial:
                 yield list(trial)
 
-    def _by_shape(
-        self, n: fx.Node, value: Value, whole: Sequence[tuple[str, int]]
-    ) -> Iterator[list[SetConstant | SplitAt]]:
+    def _by_shape(self, n: fx.Node, value: Value) -> Iterator[list[SetConstant | SplitAt]]:
         """Where the last constants spell the shape of the output, axis by axis."""
         new = self._shape(value)
         rank = len(value.shape)
         places = [(slot, v, self._old(v)) for slot, v in slots(n)]
         last = [place for place in places if isinstance(place[2], int)][-rank:]
         if len(last) == rank and all(old in (-1, k) for (_, _, old), k in zip(last, value.shape, strict=True)):
-            trial: list[SetConstant | SplitAt] = [
-                SetConstant(n.name, slot, size)
-                for (slot, v, old), size in zip(last, new, strict=True)
-                if old != -1 and size != (self.env[v] if isinstance(v, fx.Node) else v)
-            ]
-            if trial:
-                yield trial
+            sizes = {slot: size for (slot, _, _), size in zip(last, new, strict=True)}
+            wrong = {slot: v for slot, v, old in last if old != -1 and sizes[slot] != self._now(v)}
+            computed = [slot for slot, v in wrong.items() if isinstance(v, fx.Node)]
+            if computed and n.target in ("view", "reshape", torch.reshape):  # from a batch, which may be another
+                other = {slot: sizes[slot] for slot, _, old in last if old == -1 or slot in wrong}
+                yield [SetConstant(n.name, slot, size) for slot, size in (other | {computed[0]: -1}).items()]
+            if wrong:
+                yield [SetConstant(n.name, slot, sizes[slot]) for slot in wrong]
+
+    def _now(self, value: Any) -> Any:
+        """The constant, or the number that a node gives now."""
+        return self.env.get(value) if isinstance(value, fx.Node) else value
 
     def _old(self, value: Any) -> Any:
         """The constant, or the number that a node gave before the cut."""
@@ -247,8 +257,9 @@ class _Refit(Interpreter):
         tensors = [v for v in [*inputs, *values] if isinstance(v, Value)]
         for value in tensors:
             for labels in self.state.tag(value).axes:
-                if len(labels) >= old and (self.times[labels] != 1).any():
-                    found[int(self.times[labels[:old]].sum())] = None
+                if len(labels) >= abs(old) and (self.times[labels] != 1).any():
+                    count = int(self.times[labels[:old] if old > 0 else labels[old:]].sum())
+                    found[count if old > 0 else -count] = None
         return list(found)
 
 

@@ -55,7 +55,7 @@ class Liveness:
         used[self.used_unit] = used[self.border_unit] = True
         self.loose = used & ~self.graph.pinned
         graph = self.graph if isinstance(self.graph, Graphed) else None
-        self.branches = [find_branch(graph, reader) if graph else None for reader in readers]
+        self.branches = [find_branch(graph, r) if graph and not r.inner else None for r in readers]
 
     def _through(self, border: str) -> tuple[Labels, Labels]:
         """The units in front of a border, and the label behind it at the same position."""

@@ -15,7 +15,7 @@ from morph.analysis import Analysis, Sizes, analyse, count_sizes
 from morph.analysis.recording import Inputs, arguments_of, named_modules, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
-from morph.errors import ProbeError, TargetError
+from morph.errors import MorphError, ProbeError, TargetError
 from morph.garbage import uncollected
 from morph.model_config import with_config
 from morph.plan import Check, Edit, Plan, Record
@@ -132,7 +132,9 @@ def _prune(
         if verify and not on_meta(now):
             try:
                 found = checks_of(done, now, example_inputs, analysis)
-            except RuntimeError:  # code that does other things where there is no data
+            except MorphError:
+                raise
+            except Exception:  # code that does other things where there is no data, or on the data of the cut model
                 analysis = analyse(now, example_inputs, with_data=True)
                 done = cutter.reach(now, analysis, target)
                 found = checks_of(done, now, example_inputs, analysis)

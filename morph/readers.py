@@ -30,7 +30,7 @@ class Reader:
     """A layer that sums over channels with a weight of its own: a convolution or linear layer that one node calls.
 
     Attributes:
-        node: Name of the node.
+        node: Name of the node; of the weight, where gates act on it (`inner`).
         path: Path of the module.
         weight: Name of its weight.
         into: The axis of its weight that holds what it reads.
@@ -59,6 +59,16 @@ class Reader:
     units: Labels
     positions: Labels
     through: bool
+
+    @property
+    def inner(self) -> bool:
+        """Whether no node calls it: its weight is used inside a module, or by a function."""
+        return self.node == self.weight
+
+    @property
+    def name(self) -> str:
+        """What it is called: the path of its module if a node calls that, else the name of its weight."""
+        return self.weight if self.inner else self.path
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from morph.errors import PlanMismatchError
+from morph.in_place import Writings
 from morph.plan import DropBranch, Reroute
 
 INDEX = "morph_index_"
@@ -24,6 +25,7 @@ def reroute(module: nn.Module, edits: Sequence[Reroute]) -> None:
     """
     module = _checked(module)
     graph, nodes = module.graph, {node.name: node for node in module.graph.nodes}
+    writings = Writings(graph, module)
     made: dict[object, fx.Node] = {}
     left: list[fx.Node] = []
     for edit in edits:
@@ -36,11 +38,14 @@ def reroute(module: nn.Module, edits: Sequence[Reroute]) -> None:
             raise PlanMismatchError(
                 f"this plan was made for another model: node {edit.node!r} does not read {edit.source!r}"
             )
-        parts = [
-            _part(module, nodes[name], edit.axis, index, made)
-            for name, index in zip(edit.pieces, edit.indices, strict=True)
-        ]
-        user.replace_input_with(source, _joined(graph, source, parts, edit.axis, made))
+        written = any(writings.between(nodes[name], user) for name in edit.pieces)
+        known = {} if written else made  # right behind its node a part would not have what is written there later
+        parts = []
+        for name, index in zip(edit.pieces, edit.indices, strict=True):
+            with graph.inserting_before(user) if written else graph.inserting_after(nodes[name]):
+                parts.append(_part(module, nodes[name], edit.axis, index, known))
+        with graph.inserting_before(user) if written else graph.inserting_after(source):
+            user.replace_input_with(source, _joined(graph, source, parts, edit.axis, known))
         left.append(source)
     _tidy(module, left)
 
@@ -109,34 +114,32 @@ def _tidy(module: fx.GraphModule, left: list[fx.Node]) -> None:
 def _part(
     module: fx.GraphModule, node: fx.Node, axis: int, index: tuple[int, ...], made: dict[object, fx.Node]
 ) -> fx.Node:
-    """The positions ``index`` of a node, right behind it; the node itself if the index is empty."""
+    """The positions ``index`` of a node, inserted where the graph is at; the node itself if the index is empty."""
     if not index:
         return node
     key = (node, axis, index)
     if key not in made:
         graph = module.graph
         run = index == tuple(range(index[0], index[0] + len(index)))
-        with graph.inserting_after(node):
-            if run:
-                made[key] = graph.call_method("narrow", (node, axis, index[0], len(index)))
-            else:
-                name = f"{INDEX}{sum(n.startswith(INDEX) for n in module._buffers)}"
-                device = next((t.device for t in module.parameters()), torch.device("cpu"))
-                module.register_buffer(name, torch.tensor(index, dtype=torch.long, device=device), persistent=False)
-                where = graph.get_attr(name)
-                with graph.inserting_after(where):
-                    made[key] = graph.call_method("index_select", (node, axis, where))
+        if run:
+            made[key] = graph.call_method("narrow", (node, axis, index[0], len(index)))
+        else:
+            name = f"{INDEX}{sum(n.startswith(INDEX) for n in module._buffers)}"
+            device = next((t.device for t in module.parameters()), torch.device("cpu"))
+            module.register_buffer(name, torch.tensor(index, dtype=torch.long, device=device), persistent=False)
+            where = graph.get_attr(name)
+            with graph.inserting_after(where):
+                made[key] = graph.call_method("index_select", (node, axis, where))
     return made[key]
 
 
 def _joined(graph: fx.Graph, source: fx.Node, parts: list[fx.Node], axis: int, made: dict[object, fx.Node]) -> fx.Node:
-    """The parts one after another; readers of the same parts share them."""
+    """The parts one after another, inserted where the graph is at; readers of the same parts share them."""
     if len(parts) == 1:
         return parts[0]
     key = (source, axis, *parts)
     if key not in made:
-        with graph.inserting_after(source):
-            made[key] = graph.call_function(torch.cat, (parts, axis))
+        made[key] = graph.call_function(torch.cat, (parts, axis))
     return made[key]
 
 

@@ -1,19 +1,21 @@
-"""The readers of a model that has no symbolic graph: weights that it was seen to sum over channels with."""
+"""Readers that no node of a graph calls: weights that a run was seen to sum over channels with."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from morph.analysis import Analysis, analyse
+from morph.analysis.borders import Border
 from morph.analysis.recording import Inputs, Value
 from morph.analysis.tags import Sum, operator_name
-from morph.readers import Reader, Survey, pinned_by, summed
+from morph.readers import Graphed, Mask, Reader, Survey, pinned_by, summed
 
 _aten = torch.ops.aten
 _TURNS = (_aten.t.default, _aten.transpose.int)
@@ -45,16 +47,80 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         TraceError, AnalysisError: As `morph.analysis.analyse`.
     """
     analysis = analyse(model, inputs)
+    unread: dict[str, str] = {}
+    uses, readers = _of_weights(model, analysis, unread)
+    return Survey(analysis, tuple(readers), pinned_by(analysis, _others(analysis, uses, readers)), unread)
+
+
+def with_inner(graph: Graphed) -> Graphed:
+    """A graph with the readers inside its modules, as in attention, and weights that its functions multiply with.
+
+    Such a reader has no edge of its own to put a border on. So it is one only of what nothing but its like reads;
+    everything else that it reads stays pinned.
+
+    Args:
+        graph: With the readers that its nodes call.
+    """
+    analysis, called = graph.analysis, {reader.weight for reader in graph.readers}
+    uses, found = _of_weights(graph.graph, analysis, {})
+    inner = [reader for reader in found if reader.weight not in called and not reader.through]
+    kinds = _kinds(graph, inner)
+    pinned = pinned_by(analysis, _others(analysis, uses, [*graph.readers, *inner])) | _shared(graph, inner, kinds)
+    inner = [reader for reader in inner if not pinned[reader.units].all()]
+    if not inner:
+        return graph
+    first = {name: some[0].entry.call for name, some in uses.items()}
+    readers = sorted([*graph.readers, *inner], key=lambda reader: first.get(reader.weight, -1))
+    unread = {name: why for name, why in graph.unread.items() if name not in {reader.weight for reader in inner}}
+    pinned |= pinned_by(analysis, _others(analysis, uses, readers))
+    return replace(graph, readers=tuple(readers), pinned=pinned, unread=unread)
+
+
+def _kinds(graph: Graphed, inner: Sequence[Reader]) -> dict[str, str]:
+    """By the name of its weight, how gates get to a reader: by its node, its weight's node, or the module it is in."""
+    fetched = {str(node.target) for node in graph.graph.graph.nodes if node.op == "get_attr"}
+    own = {reader.weight: "attribute" if reader.weight in fetched else "module" for reader in inner}
+    return dict.fromkeys((reader.weight for reader in graph.readers), "node") | own
+
+
+def _shared(graph: Graphed, inner: Sequence[Reader], kinds: Mapping[str, str]) -> Mask:
+    """Units ``[units]`` of these readers in front of a border, or whose coupling has readers of two kinds."""
+    analysis = graph.analysis
+    owner = np.full(analysis.units.count, -1, np.int64)
+    for number, units in enumerate(analysis.numbers.values()):
+        owner[units] = number
+    seen: dict[int, set[str]] = collections.defaultdict(set)
+    for reader in [*graph.readers, *inner]:
+        for number in np.unique(owner[reader.units]).tolist():
+            seen[number].add(kinds[reader.weight])
+    shared = np.isin(owner, [number for number, some in seen.items() if len(some) > 1])
+    for node in graph.graph.graph.nodes:
+        border = graph.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(border, Border):
+            roots = graph.roots(node.all_input_nodes[0].name)[border.axis]
+            shared[analysis.units.on(roots)[0]] = True
+    own = np.zeros(analysis.units.count, bool)
+    for reader in inner:
+        own[reader.units] = True
+    return shared & own
+
+
+def _of_weights(
+    model: nn.Module, analysis: Analysis, unread: dict[str, str]
+) -> tuple[dict[str, list[_Use]], list[Reader]]:
+    """The sums over channels of each weight, and the readers among the weights; why not, goes into ``unread``."""
     turned = _turned(analysis)
     uses: dict[str, list[_Use]] = collections.defaultdict(list)
     for entry in analysis.state.sums:
         if use := _use(entry, analysis, turned):
             uses[use.weight].append(use)
-    unread: dict[str, str] = {}
-    readers = tuple(_readers(model, analysis, uses, turned, unread))
-    own = {use.entry for reader in readers for use in uses[reader.weight]}
-    others = [entry for entry in analysis.state.sums if entry not in own]
-    return Survey(analysis, readers, pinned_by(analysis, others), unread)
+    return uses, list(_readers(model, analysis, uses, turned, unread))
+
+
+def _others(analysis: Analysis, uses: Mapping[str, Sequence[_Use]], readers: Sequence[Reader]) -> list[Sum]:
+    """The sums that are not of these readers."""
+    own = {use.entry for reader in readers for use in uses.get(reader.weight, ())}
+    return [entry for entry in analysis.state.sums if entry not in own]
 
 
 def _turned(analysis: Analysis) -> dict[int, str]:

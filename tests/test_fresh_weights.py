@@ -10,6 +10,7 @@ from models import Net, Snapshot, randomise
 from torch import Tensor, nn
 
 import morph
+from morph.attention import FreeMultiheadAttention
 from morph.cut import apply_plan
 from morph.fresh_weights import reinitialise, said_of
 from morph.plan import Plan, Reinitialise
@@ -124,3 +125,19 @@ def test_attention_of_torch_draws_itself():
     assert reinitialise(attention, 0) == ()
     assert not attention.in_proj_bias.any()
     assert float(attention.in_proj_weight.detach().abs().max()) <= (6 / (6 + 18)) ** 0.5
+
+
+@pytest.mark.parametrize("kdim", [None, 5])
+def test_attention_that_has_gone_free_draws_itself_as_torch_does(kdim):
+    attention = randomise(FreeMultiheadAttention(6, 2, kdim=kdim, vdim=kdim, add_bias_kv=True))
+    attention.out_proj.bias.data.fill_(1)
+    torch.manual_seed(5)
+    whole = nn.MultiheadAttention(6, 2, kdim=kdim, vdim=kdim, add_bias_kv=True)
+    torch.manual_seed(5)
+    whole._reset_parameters()
+    torch.manual_seed(5)
+    attention._reset_parameters()
+    names = ["in_proj_weight"] if kdim is None else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    for name in [*names, "in_proj_bias", "bias_k", "bias_v", "out_proj.bias"]:
+        assert torch.equal(attention.get_parameter(name), whole.get_parameter(name)), name
+    assert reinitialise(attention, 0) == ()

@@ -207,11 +207,18 @@ def trained(name: str, seed: int = 2) -> tuple[nn.Module, morph.gating.Gated, Te
 
 
 def multiplied(model: nn.Module, gated: morph.gating.Gated, x: Tensor) -> dict[str, Tensor]:
-    """The second implementation: gradients of the model's own modules, whose inputs hooks multiply."""
+    """The second implementation: gradients of the model's own modules, whose inputs hooks multiply.
+
+    Attention does not call the layer at its end; its weight is multiplied outside.
+    """
     gates = {name: gate.weight.detach().clone().requires_grad_() for name, gate in gates_of(gated.model).items()}
     handles = []
+    weights = {}
     for site in gated.sites:
         for path, tap in zip(site.readers, site.taps, strict=True):
+            if tap.reader == f"{path}.weight":
+                weights[tap.reader] = model.get_parameter(tap.reader) * gates[site.name][list(tap.index)]
+                continue
 
             def multiply(module: nn.Module, args: tuple[Tensor, ...], name: str = site.name, tap: Tap = tap) -> Tensor:
                 own = gates[name]
@@ -220,7 +227,7 @@ def multiplied(model: nn.Module, gated: morph.gating.Gated, x: Tensor) -> dict[s
                 return args[0] * factor.reshape([-1 if a == axis % args[0].dim() else 1 for a in range(args[0].dim())])
 
             handles.append(model.get_submodule(path).register_forward_pre_hook(multiply))
-    model(x).pow(2).sum().backward()
+    torch.func.functional_call(model, weights, x).pow(2).sum().backward()
     for handle in handles:
         handle.remove()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -425,3 +432,28 @@ def test_what_a_gated_layer_gives_may_be_written_into(shape):
     for one in loss:
         one.backward()
     assert torch.allclose(model.one.weight.grad, gated.model.one.weight.grad)
+
+
+def _laid_out(x: Tensor, kind: int) -> Tensor:
+    """The same numbers of axes with strides of another kind."""
+    one, other = torch.randperm(x.dim())[:2].tolist()
+    return (
+        x.transpose(one, other),
+        torch.cat([x, x], one).narrow(one, 0, x.shape[one]),
+        x.transpose(0, -1).contiguous().transpose(0, -1),
+        x.repeat_interleave(2, -1)[..., ::2],
+        x[:1].expand(x.shape),
+    )[kind]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_gates_of_one_change_no_bit_however_the_input_is_laid_out(seed):
+    """How torch sums rows that are not contiguous depends on whether the weight learns."""
+    torch.manual_seed(seed)
+    dtype = (torch.float32, torch.float64)[seed % 2]
+    shape = [*torch.randint(1, 6, (int(torch.randint(1, 5, ())),)).tolist(), int(torch.randint(1, 40, ()))]
+    x = _laid_out(torch.randn(shape, dtype=dtype), seed % 5).requires_grad_(bool(seed % 3))
+    learns, gates = bool(seed % 4), torch.ones(x.shape[-1], dtype=dtype, requires_grad=True)
+    weight = torch.randn(int(torch.randint(1, 30, ())), x.shape[-1], dtype=dtype, requires_grad=learns)
+    bias = torch.randn(len(weight), dtype=dtype, requires_grad=True) if seed % 7 else None
+    assert torch.equal(gated_reader(x, weight, bias, gates, ()), F.linear(x, weight, bias))

@@ -54,16 +54,20 @@ def test_at_birth_outputs_are_the_same_bits_and_every_gate_has_a_gradient(name, 
 
 @pytest.mark.parametrize("name", [*SMALL, *NETS])
 def test_a_gate_multiplies_what_its_reader_reads(name):
-    """The second implementation multiplies inputs by hooks on the model's own modules."""
+    """The second implementation multiplies inputs by hooks on the model's own modules, or columns of weights."""
     model, x = made(name)
     gated = morph.gate(model, x)
     shut(gated, 0.3, 1)
+    model = copy.deepcopy(model)
     values: dict[str, tuple[torch.Tensor, int]] = {}
     gates = gates_of(gated.model)
     for site in gated.sites:
         for path, tap in zip(site.readers, site.taps, strict=True):
             own = torch.cat([gates[site.name].weight.detach().double(), torch.ones(1, dtype=torch.float64)])
             factor = own[[i if i >= 0 else site.gates for i in tap.index]]
+            if tap.reader == f"{path}.weight":  # inside attention, which does not call it
+                model.get_submodule(path).weight.data.mul_(factor)
+                continue
             axis = -1 if isinstance(model.get_submodule(path), nn.Linear) else 1
             before = values.get(path, (torch.ones_like(factor), axis))[0]
             values[path] = (before * factor, axis)
@@ -154,7 +158,9 @@ def test_over_a_norm_only_connections_behind_it_are_gated():
     model, x = made("vit")
     assert {s.kind for s in morph.gate(model, x).sites if s.name.endswith("mlp.0")} == {"connection"}
     names = {s.module for s in morph.gate(model, x, where="producer").sites}
-    assert names == {f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(2)}
+    assert names == {
+        f"encoder.layers.encoder_layer_{i}.{part}" for i in range(2) for part in ("mlp.0", "self_attention")
+    }
 
 
 def test_what_cannot_be_gated_is_refused_with_the_reason():
@@ -179,7 +185,7 @@ def test_what_cannot_be_gated_is_refused_with_the_reason():
         gated.remove({"two": torch.zeros(3, dtype=torch.bool)})
 
 
-def test_weights_outside_layers_are_left_whole_and_named():
+def test_weights_that_cannot_be_gated_are_left_whole_and_named():
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -194,13 +200,10 @@ def test_weights_outside_layers_are_left_whole_and_named():
             return self.head(self.turn((x @ self.table)[:, None])[0].mean(1))
 
     gated = morph.gate(randomise(Functional()), torch.randn(2, 3, 9, 9))
-    assert [site.name for site in gated.sites] == ["head"]
+    assert [site.name for site in gated.sites] == ["kernel", "matrix", "turn.weight_ih_l0", "head"]
     assert gated.left == {
         "stem": "it reads the input of the model",
-        "kernel": "it is used by aten.convolution.default, not by a convolution or linear layer",
-        "matrix": "it is used by aten.mm.default, not by a convolution or linear layer",
         "table": "it is used by aten.mm.default, not by a convolution or linear layer",
-        "turn.weight_ih_l0": "it is used inside GRU, not by a convolution or linear layer",
         "turn.weight_hh_l0": "it is used inside GRU, not by a convolution or linear layer",
     }
 

@@ -23,6 +23,11 @@ def run_bare(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
+def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `run_bare`; norms give their statistics too, in the shapes that they have where there are data."""
+    return func(*args, **kwargs) if func in _WITH_STATISTICS else run_bare(func, args, kwargs)
+
+
 def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
@@ -162,6 +167,8 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     _aten.bmm.default: _product,
     _aten.addmm.default: _layer,
 }
+
+_WITH_STATISTICS = {_aten.native_group_norm.default, _aten.native_layer_norm.default}
 
 
 class Bare(TorchDispatchMode):

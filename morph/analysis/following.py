@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from morph.analysis.bare import collect_tensors, one_device, run_bare, with_data
+from morph.analysis.answering import OnProcessor, alike, as_before, as_on_processor
+from morph.analysis.bare import collect_tensors, one_device, run_bare, run_whole, with_data
 from morph.analysis.recording import (
     Call,
     Inputs,
@@ -29,6 +30,15 @@ Shapes = Callable[[Value], tuple[int, ...]]  # the shape that a tensor must have
 Takes = Callable[[Call, Sequence[Any], Mapping[str, Any]], bool]  # whether an operator takes what it took
 
 
+def to_follow(recording: Recording) -> nn.Module | None:
+    """The copy without data whose cut `follows` takes: where shapes depend on values, if the recorded run had them."""
+    if recording.whole:
+        return None
+    if recording.traced == "data":
+        return recording.skeleton
+    return recording.twin if recording.settled == recording.evaluated else None
+
+
 def follows(
     model: nn.Module, inputs: Inputs, recording: Recording, shape: Shapes, takes: Takes = lambda *_: True
 ) -> bool:
@@ -38,16 +48,19 @@ def follows(
     difference of any kind, also where a longer look would show that the model does the same.
 
     Args:
-        model: The twin of ``recording`` with other sizes, whose owner puts back what the run leaves in its modules.
+        model: That of `to_follow` with other sizes, whose owner puts back what the run leaves in its modules.
         inputs: What the recording was made with.
-        recording: A run with shapes only, without modules that were recorded as one call.
+        recording: A run. If it had data, code that asks for values is told those that it had, and so led the way that
+            it went: that the model would go it on its own is not shown.
         shape: The shape expected of each tensor.
         takes: See `morph.analysis.picking.takes_the_same`.
     """
-    follower = _Follower(recording.calls[: recording.evaluated], shape, takes)
+    told = recording.traced == "data"
+    follower = (_Told if told else _Follower)(recording.calls[: recording.evaluated], shape, takes)
+    guide = OnProcessor() if told else nullcontext()
     args, kwargs = arguments_of(pytree.tree_map_only(Tensor, without_data, plain(inputs)))
     try:
-        with _quick(recording, follower), torch.no_grad(), plain_attention(), follower:
+        with _quick(recording, follower), torch.no_grad(), plain_attention(), follower, guide:
             model(*args, **kwargs)
     except Exception:
         return False
@@ -79,6 +92,8 @@ class _Follower(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # as for the recorder
 
+    runs = staticmethod(run_bare)
+
     def __init__(self, calls: Sequence[Call], shape: Shapes, takes: Takes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.shape, self.takes = calls, shape, takes
@@ -105,10 +120,7 @@ class _Follower(TorchDispatchMode):
         constants = [value.data for value in call.reads]
         if any(data is not None for data in constants):
             self._compare_constants(constants, (args, kwargs))
-        if floats_in(call.args) != floats_in(args) or not self.takes(call, args, kwargs):
-            self._stop()
-        args, kwargs = one_device((args, kwargs))
-        output = run_bare(func, args, with_data(func, args, kwargs))
+        output = self._run(call, func, args, kwargs)
         values = values_in(call.output)
         tensors = collect_tensors((output,), [])
         if len(values) != len(tensors):
@@ -117,6 +129,13 @@ class _Follower(TorchDispatchMode):
             if tensor.shape != self.shape(value):
                 self._stop()
         return output
+
+    def _run(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that is called with the numbers expected."""
+        if floats_in(call.args) != floats_in(args) or not self.takes(call, args, kwargs):
+            self._stop()
+        args, kwargs = one_device((args, kwargs))
+        return self.runs(func, args, with_data(func, args, kwargs))
 
     def _compare_constants(self, constants: list[Tensor | None], arguments: Any) -> None:
         """Constants must be what they were."""
@@ -138,6 +157,26 @@ class _Follower(TorchDispatchMode):
     def _stop(self) -> None:
         self.differs = True
         raise _DiffersError
+
+
+class _Told(_Follower):
+    """Compares a run that is told values with the one that had them."""
+
+    runs = staticmethod(run_whole)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func, args, kwargs = as_on_processor(func, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _run(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With the data that are there; where some are missing, as before if nothing else has changed."""
+        if not any(tensor.is_meta for tensor in collect_tensors((args, kwargs), [])):
+            return super()._run(call, func, args, kwargs)
+        if alike(call.args, args) and alike(call.kwargs, kwargs):
+            return as_before(call, func, args, kwargs)
+        return super()._run(call, func, args, kwargs)
 
 
 def same_data(one: Tensor, other: Tensor) -> bool:

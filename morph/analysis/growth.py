@@ -18,6 +18,7 @@ from morph.errors import EditError
 aten = torch.ops.aten
 _SAME_FORM = {aten.detach, aten.alias, aten.clone, aten._to_copy, aten.lift_fresh, aten.expand, aten.contiguous}
 _RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.unsqueeze, aten.squeeze}
+_JOINTS = {aten.cat.default: 1, aten.split.Tensor: 2, aten.split_with_sizes.default: 2}  # where the axis stands
 _MEANS = (
     "layer_norm",
     "rms_norm",
@@ -55,6 +56,9 @@ class Growth:
             if reason:
                 self._mark(found, entry.operands[0], reason + self._place(entry.call))
         found.update(dict.fromkeys(self._in_two_orders(), "two reshapes order them in different ways"))
+        found.update(
+            dict.fromkeys(self._across_borders(), "tensors are joined or split between positions of one of them")
+        )
         for source, axis in self._used_otherwise(set(self.readings())):
             reason = "the parameter that reads them is used in another way too"
             self._mark(found, (self.state.recording.sources[source], axis), reason)
@@ -71,6 +75,18 @@ class Growth:
                 if whole and factors.setdefault(whole, own) != own:
                     bad.add(whole)
         return bad
+
+    def _across_borders(self) -> set[int]:
+        """Labels on both sides of where tensors are joined or split: copies lie behind all positions of one label."""
+        bad: set[int] = set()
+        for call in self.state.recording.calls:
+            if call.target not in _JOINTS:
+                continue
+            parts = values_in(call.args[0] if call.target is aten.cat.default else call.output)
+            axis = call.args[_JOINTS[call.target]] if len(call.args) > _JOINTS[call.target] else 0
+            axes = [self.state.atoms.find(self.state.tag(v).axes[axis]) for v in parts if len(v.shape) > 1]
+            bad.update(int(a[-1]) for a, b in itertools.pairwise(axes) if len(a) and len(b) and a[-1] == b[0])
+        return bad - {0}
 
     def uniform(self) -> dict[int, str]:
         """Labels that can be copied only all together and equally often, with the reason."""

@@ -118,7 +118,7 @@ def _(op: Propagation, x: Value, times: Any = None, axis: int | None = None, **_
 
 @on(aten.cat)
 def _(op: Propagation, xs: list[Value], axis: int = 0) -> Tag:
-    tags = [op.tag(x) for x in xs if x.shape != (0,)]
+    tags = [op.tag(x) for x in xs if x.shape != (0,)] or [op.frozen(op.shape)]  # an empty one goes with any shape
     at = axis_of(axis, len(op.shape))
     axes = []
     for a in range(len(op.shape)):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from morph.analysis.atoms import Labels
+from morph.analysis.group_counts import groups_after
 from morph.analysis.propagation import Propagation
 from morph.analysis.recording import Call
 from morph.analysis.table import axis_of
@@ -35,10 +36,12 @@ def takes_the_same(
     if call.target is _aten.constant_pad_nd.default:
         now = args[1]
         return list(now) == padding_after(state.tag(call.output).axes, times, call.args[1])
+    if call.target is _aten.native_group_norm.default:
+        return bool(args[6] == groups_after(state, call.output[0], times))
     if call.target is not _aten.slice.Tensor:
         return same_numbers(call, args, kwargs)
     axes = state.tag(call.args[0]).axes
-    labels = axes[axis_of(call.args[1] if len(call.args) > 1 else 0, len(axes))]
+    labels = state.atoms.find(axes[axis_of(call.args[1] if len(call.args) > 1 else 0, len(axes))])
     return same_slice(labels, times, slice(*_bounds(call.args)), slice(*_bounds(args)))
 
 
@@ -77,8 +80,8 @@ def same_slice(labels: Labels, times: Labels, before: slice, now: slice) -> bool
     """Whether a slice of an axis takes what another took before some of its positions were cut or copied.
 
     Args:
-        labels: Of the axis before.
-        times: For each label how often it is there now; copies lie beside each other.
+        labels: Final ones, of the axis before.
+        times: For each label how often it is there now; positions of one label that lie together are copied together.
         before: In positions of the axis before.
         now: In those of the axis now.
     """
@@ -86,9 +89,16 @@ def same_slice(labels: Labels, times: Labels, before: slice, now: slice) -> bool
     count = times[labels] if len(labels) > 1 else np.ones(len(labels), np.int64)
     if (count == 1).all():
         return old == range(len(labels))[now]
-    there = np.repeat(np.arange(len(labels)), count)
-    wanted = np.arange(len(labels))[before]
-    return np.array_equal(there[now], np.repeat(wanted, count[wanted]))
+    there = np.arange(len(labels))
+    return np.array_equal(_copied(there, labels, count)[now], _copied(there[before], labels, count))
+
+
+def _copied(positions: Labels, labels: Labels, count: Labels) -> Labels:
+    """Some positions of an axis with their copies."""
+    if (count <= 1).all():
+        return np.repeat(positions, count[positions])
+    runs = np.split(positions, np.flatnonzero(np.diff(labels[positions])) + 1)
+    return np.concatenate([np.tile(run, count[run[:1]].sum()) for run in runs])
 
 
 def _bounds(args: Sequence[Any]) -> tuple[int | None, int | None, int]:
@@ -98,7 +108,7 @@ def _bounds(args: Sequence[Any]) -> tuple[int | None, int | None, int]:
 
 
 def same_index(axes: Sequence[Labels], times: Labels, before: Any, now: Any) -> bool:
-    """Whether ``x[now]`` takes from a tensor that was cut what ``x[before]`` took; only slices are compared.
+    """Whether ``x[now]`` takes from a tensor that was cut what ``x[before]`` took; slices and numbers are compared.
 
     Args:
         axes: The labels of the tensor before, axis by axis.
@@ -112,6 +122,8 @@ def same_index(axes: Sequence[Labels], times: Labels, before: Any, now: Any) -> 
         return True
     axis = 0
     for one, other in zip(old, new, strict=True):
+        if type(one) is int and one != other:
+            return False
         if isinstance(one, slice) and not same_slice(axes[axis], times, one, other):
             return False
         axis += len(axes) - len(named) if one is Ellipsis else one is not None

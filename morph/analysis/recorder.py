@@ -57,6 +57,7 @@ def record(
         return _record_data(model, inputs, whole)
     tensors = tensors_in(named_modules(model) if modules is None else modules)
     no_data = any(t.is_meta and isinstance(t, nn.Parameter) for _, t in tensors)
+    bare: nn.Module | None = None
     try:
         meta = pytree.tree_map_only(Tensor, without_data, plain(inputs))
         bare = skeleton(model, tensors)
@@ -71,7 +72,10 @@ def record(
             raise _refused(model, inputs, shapes_only) from shapes_only
     else:
         return recording
-    return _record_data(model, inputs, whole)
+    recording = _record_data(model, inputs, whole)
+    if all(t.device.type == "cpu" for t in [*tensors_of(inputs), *(t for _, t in tensors)]):
+        recording.skeleton = bare
+    return recording
 
 
 def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...]) -> Recording:

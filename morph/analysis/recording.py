@@ -39,6 +39,7 @@ class Value:
         data: The tensor itself, for constants that are neither parameter, buffer nor computed.
         input: Whether it came in from outside.
         floating: Whether it holds real numbers.
+        form: Its type and strides, if the run had data.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Value:
     data: Tensor | None = None
     input: bool = False
     floating: bool = True
+    form: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -106,6 +108,7 @@ class Recording:
         twin: The copy that was run, without data where ``traced`` says shapes; None if a run
             in training mode may have changed its data.
         kept: What the modules of ``twin`` are, before and after the run.
+        skeleton: Beside a twin with data, a copy without, where code cannot tell it from one with data on a processor.
         whole: Module classes that were recorded as one call.
         quick: Of modules of ``twin``, their attributes, and a forward that calls nothing.
         sink: Told by these forwards what they would have called.
@@ -122,6 +125,7 @@ class Recording:
     shared: tuple[str, ...] = ()
     twin: nn.Module | None = None
     kept: Kept | None = None
+    skeleton: nn.Module | None = None
     whole: tuple[type[nn.Module], ...] = ()
     quick: list[tuple[dict[str, Any], Callable[[Tensor], Any]]] = field(default_factory=list)
     sink: Sink = field(default_factory=Sink)
@@ -135,7 +139,8 @@ class Recording:
     def new(self, tensor: Tensor, **options: Any) -> Value:
         """Add a value for ``tensor``."""
         values = self.values
-        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), **options)
+        form = (tensor.dtype, tensor.stride()) if self.traced == "data" and tensor.layout == torch.strided else ()
+        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), form=form, **options)
         values.append(value)
         return value
 

@@ -60,7 +60,7 @@ _FUNCTIONS = {
         softplus softshrink softsign tanh tanhshrink threshold unfold upsample""",
     "operator": """
         add and_ eq floordiv ge getitem gt iadd imul invert isub itruediv le lt matmul mod mul ne neg not_ or_
-        pow sub truediv""",
+        pow setitem sub truediv""",
     "math": "ceil floor sqrt log prod",
     "torchvision.ops": "stochastic_depth drop_block2d",
     "morph.passes.gated_readers": "gated_input gated_reader spread",

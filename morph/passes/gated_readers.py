@@ -123,10 +123,13 @@ class _GatedReader(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor, form: Form) -> Tensor:
-        if _on_activation(x, weight, form):
-            output = _plain(x * _row(gates, form), weight, bias, form)
-        else:
-            output = _plain(x, weight * _column(gates, form), bias, form)
+        if form or x.is_contiguous():
+            small = _on_activation(x, weight, form)
+            pair = (x * _row(gates, form), weight) if small else (x, weight * _column(gates, form))
+            output = _plain(*pair, bias, form)
+        else:  # how rows that do not lie one behind the other are summed depends on whether the weight learns
+            with torch.set_grad_enabled(weight.requires_grad):
+                output = _plain(x, weight * gates, bias, form).detach()
         # a linear layer gives a view of its rows, into which autograd would let nobody write
         return output if form else torch.ops.aten._unsafe_view.default(output, output.shape)
 

@@ -9,6 +9,7 @@ section 3.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Tap:
     """Where a gate acts.
 
     Attributes:
-        reader: Name of the node that calls the convolution or linear layer.
+        reader: Name of the node that calls the convolution or linear layer; of the weight, where no node calls one.
         index: For each position that it reads, the number of the gate; -1 where there is none.
     """
 
@@ -95,14 +96,15 @@ def insert_gates(
         gates: For each site its number of gates, and its taps.
         ranks: For each reader's node, how many axes its input has.
     """
+    if not ranks:
+        return
     nodes = {node.name: node for node in module.graph.nodes}
     readers = {name: module.get_submodule(str(nodes[name].target)) for name in ranks}
     folded = dict.fromkeys(ranks, True)
     for _, taps in gates.values():
         for tap in taps:
             folded[tap.reader] &= folds(readers[tap.reader], tap.index)
-    home = nn.Module()
-    module.add_module(HOME, home)
+    home = _home(module)
     chains: dict[str, list[tuple[str, int]]] = {}
     for name, (count, taps) in gates.items():
         maps = [_map(readers[t.reader], t, ranks[t.reader], folded[t.reader]) for t in taps]
@@ -118,6 +120,44 @@ def insert_gates(
             (_gate_call if folded[reader] else _gate_input)(module.graph, nodes[reader], readers[reader], read)
     module.graph.lint()
     module.recompile()
+
+
+def insert_weight_gates(
+    module: fx.GraphModule, gates: Mapping[str, tuple[int, Sequence[Tap]]], axes: Mapping[str, int]
+) -> None:
+    """Put gates of ones on weights that functions of a graph multiply with, in place; outputs stay the same to the bit.
+
+    Args:
+        module: The graph; each weight is used once.
+        gates: For each site its number of gates, and its taps; a tap names the weight that reads.
+        axes: For each weight the axis that holds what it reads.
+    """
+    fetches: dict[str, list[fx.Node]] = collections.defaultdict(list)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            fetches[str(node.target)].append(node)
+    home = _home(module)
+    for name, (count, taps) in gates.items():
+        weight = module.get_parameter(taps[0].reader)
+        key, gate = _key(name, home), Gate(name, count, [(axes[t.reader], t.index) for t in taps])
+        home.add_module(key, gate.to(weight.device, weight.dtype))
+        for number, tap in enumerate(taps):
+            for fetched in fetches[tap.reader]:
+                users = list(fetched.users)
+                with module.graph.inserting_before(fetched.next):
+                    read, axis = _read(module, f"{HOME}.{key}", number)
+                    product = module.graph.call_function(gated_input, (fetched, read, axis))
+                for user in users:
+                    user.replace_input_with(fetched, product)
+    module.graph.lint()
+    module.recompile()
+
+
+def _home(module: nn.Module) -> nn.Module:
+    """Where the gates of a graph are."""
+    if HOME not in module._modules:
+        module.add_module(HOME, nn.Module())
+    return module.get_submodule(HOME)
 
 
 def _key(name: str, home: nn.Module) -> str:
