@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +28,8 @@ from morph.analysis.recording import (
     tensors_in,
     tensors_of,
 )
+
+_OURS = -1  # the number of our hooks; torch counts its own from 0
 
 
 class DataLostError(Exception):
@@ -87,13 +89,12 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
         """Call the model and give the values that come out."""
-        hooks: list[Any] = []
         self.recording.quick = []
         try:
             with self._afterwards(), torch.no_grad(), plain_attention():
                 for path, module in self.modules:
                     if not self._shorten(path, module):
-                        hooks += self._follow(path, module)
+                        self._follow(path, module)
                 self.recording.sink.take = self._take
                 try:
                     with self:
@@ -103,8 +104,6 @@ class Recorder(TorchDispatchMode):
                         attributes.pop("forward", None)
         finally:
             self.recording.sink.take = Sink.nowhere
-            for handle in hooks:
-                handle.remove()
         return [self._value(t) for t in _outputs(output)]
 
     def _afterwards(self) -> AbstractContextManager[Any]:
@@ -151,10 +150,10 @@ class Recorder(TorchDispatchMode):
             if tensor.layout == torch.strided and tensor.numel():
                 self.storages.setdefault(tensor.untyped_storage()._cdata, value)
 
-    def _follow(self, path: str, module: nn.Module) -> Iterator[Any]:
+    def _follow(self, path: str, module: nn.Module) -> None:
         """Keep the path of the running module; take modules that have a rule of their own as one call."""
         if type(module) in self.whole:
-            yield from self._take_whole(path, module)
+            self._take_whole(path, module)
             return
 
         def enter(_: nn.Module, __: Any) -> None:
@@ -163,10 +162,9 @@ class Recorder(TorchDispatchMode):
         def leave(_: nn.Module, __: Any, ___: Any) -> None:
             self.stack.pop()
 
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
+        _hook(module, enter, leave)
 
-    def _take_whole(self, path: str, module: nn.Module) -> Iterator[Any]:
+    def _take_whole(self, path: str, module: nn.Module) -> None:
         """Write a module down as one call, and nothing of what it calls."""
 
         def enter(_: nn.Module, __: Any) -> None:
@@ -179,8 +177,7 @@ class Recorder(TorchDispatchMode):
             if not self.silent:
                 self._write(type(module), *self._known((module, *args), {}), output, path)
 
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
+        _hook(module, enter, leave)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -267,6 +264,12 @@ class Recorder(TorchDispatchMode):
     def _set(self, tensor: Tensor, value: Value) -> Value:
         tensor._morph_value = value  # type: ignore[attr-defined]
         return value
+
+
+def _hook(module: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+    """Hook into a module without a handle, which takes longer: `put_back` takes off what a run has hooked in."""
+    module._forward_pre_hooks[_OURS] = enter
+    module._forward_hooks[_OURS] = leave
 
 
 def _outputs(output: Any) -> list[Tensor]:
