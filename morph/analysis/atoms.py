@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +13,12 @@ Labels = NDArray[np.int64]
 FROZEN = 0
 _FREE = np.iinfo(np.int64).max
 _SILENT = _FREE - 1  # pinned by becoming one with 0, for no reason of its own
+
+
+def parts_of(values: Labels, starts: Labels) -> list[Labels]:
+    """What ``np.split`` gives, faster: the parts before, between and behind some positions."""
+    bounds = [0, *starts.tolist(), len(values)]
+    return [values[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 class Atoms:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from morph.analysis.atoms import Atoms, Labels
+from morph.analysis.atoms import Atoms, Labels, parts_of
 from morph.analysis.propagation import Propagation
 
 _AT_ONCE = 512  # labels whose sets are found together: few, because a set can be as large as the model
@@ -141,7 +141,7 @@ class _Reach:
             met |= (column != 0) & pairs.has(owner, column)
         choice = np.zeros(len(seeds), bool)
         choice[owner[~met]] = True
-        sets = np.split(pairs.atom, np.searchsorted(pairs.number, np.arange(1, len(seeds))))
+        sets = parts_of(pairs.atom, np.searchsorted(pairs.number, np.arange(1, len(seeds))))
         fine = np.flatnonzero(~choice & ~frozen).tolist()
         return [sets[n] for n in fine], seeds[choice & ~frozen]
 
@@ -193,7 +193,8 @@ class _Pairs:
 
     def add(self, number: Labels, atom: Labels) -> tuple[Labels, Labels]:
         """Add pairs; give those that are new."""
-        key = np.unique(number * self.count + atom)
+        key = np.sort(number * self.count + atom, kind="stable")  # mostly in order already
+        key = key[np.diff(key, prepend=-1) != 0]
         key = key[~self._holds(key)]
         self._key = np.sort(np.concatenate([self._key, key]), kind="stable")
         return key // self.count, key % self.count
@@ -227,7 +228,7 @@ class _Closure:
         for factor in factors:
             order = np.argsort(factor, kind="stable")
             values, starts = np.unique(factor[order], return_index=True)
-            parts = np.split(whole[order], starts[1:])
+            parts = parts_of(whole[order], starts[1:])
             table = {v: p.tolist() for v, p in zip(values.tolist(), parts, strict=True) if v}
             for v, members in table.items():
                 self.above[v].update(members)

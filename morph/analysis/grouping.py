@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from morph.analysis.atoms import Labels
+from morph.analysis.atoms import Labels, parts_of
 from morph.analysis.closures import distinct_columns
 from morph.analysis.contractions import KERNEL
 from morph.analysis.propagation import Propagation
@@ -46,9 +46,9 @@ def group_units(
     rank[order] = np.arange(len(order))
     kind = rank[kind]
     by_kind = np.argsort(kind, kind="stable")
-    own = np.split(by_kind, np.searchsorted(kind[by_kind], np.arange(1, len(order))))
+    own = parts_of(by_kind, np.searchsorted(kind[by_kind], np.arange(1, len(order))))
     ends = np.searchsorted(of_pair, np.arange(1, len(roots)))
-    tables = [_tables(*held, kind, own) for held in zip(np.split(unit, ends), np.split(position, ends), strict=True)]
+    tables = [_tables(*held, kind, own) for held in zip(parts_of(unit, ends), parts_of(position, ends), strict=True)]
     members: list[list[Place]] = [[] for _ in order]
     for axis, form in zip(axes, of_axis, strict=True):
         for k, table in tables[form]:
@@ -95,7 +95,7 @@ def _apart(kind: Labels, units: Units) -> Labels:
     if not repeated:
         return kind
     order = np.argsort(units.unit, kind="stable")
-    held = np.split(units.atom[order], np.searchsorted(units.unit[order], np.arange(1, units.count)))
+    held = parts_of(units.atom[order], np.searchsorted(units.unit[order], np.arange(1, units.count)))
     split, new = kind.copy(), int(kind.max()) + 1
     for k in repeated:
         taken: list[set[int]] = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from morph.analysis.atoms import Labels
 from morph.analysis.closures import closed_sets, rows_of
@@ -109,11 +111,20 @@ def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Ax
     touched[rows.wholes] = False  # wholes go only through their factors
     touched[0] = False
     groups = closed_sets(rows, np.flatnonzero(touched), state.atoms.count)
-    groups = _without_emptying([members for members in groups if present[members].any()], everywhere)
+    groups = _without_emptying(_present(groups, present), everywhere)
     unit = np.repeat(np.arange(len(alone) + len(groups)), [1] * len(alone) + [len(g) for g in groups])
     atom = np.concatenate([alone, *groups])
     order = np.argsort(atom, kind="stable")
     return Units(unit[order], atom[order], len(alone) + len(groups))
+
+
+def _present(groups: list[Labels], present: NDArray[np.bool_]) -> list[Labels]:
+    """The groups of which a label is present."""
+    if not groups:
+        return groups
+    starts = np.cumsum([0, *map(len, groups[:-1])])
+    found = np.logical_or.reduceat(present[np.concatenate(groups)], starts)
+    return list(itertools.compress(groups, found.tolist()))
 
 
 def _emptied_by_one(axes: Sequence[Axis]) -> Labels:
