@@ -252,8 +252,8 @@ def propagate(recording: Recording, rules: Mapping[Any, Rule], passes: int = 3) 
 
 def _freezes_wholes(state: Propagation) -> bool:
     """Whether a reshape was described by a relation although some of its positions turned out to be frozen."""
-    found = (labels for r in state.relations for labels in (r.whole, *r.factors))
-    return any((state.atoms.find(labels) == 0).any() for labels in found)
+    found = [labels for r in state.relations for labels in (r.whole, *r.factors)]
+    return bool(found) and not state.atoms.find(np.concatenate(found)).all()
 
 
 def _pinned(state: Propagation) -> list[Pinned]:
@@ -282,9 +282,12 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     state.named = list(state.fresh_labels.values())
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
+    known: dict[Any, Rule | None] = {}
     for number, call in enumerate(recording.calls):
         state.number = number
-        _apply(state, call, rules)
+        if call.target not in known:
+            known[call.target] = _rule(call.target, rules)
+        _apply(state, call, known[call.target])
     for value in [*recording.outputs, *recording.outputs_in_training]:
         state.freeze_all(state.tag(value), "output of the model")
     for value in recording.sources.values():  # such as a table of positions that longer inputs read on
@@ -295,10 +298,9 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     return state
 
 
-def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
+def _apply(state: Propagation, call: Call, rule: Rule | None) -> None:
     """Give every output of ``call`` its tag."""
     inputs = [state.tag(v) for v in call.reads]
-    rule = _rule(call.target, rules)
     outputs = values_in(call.output)
     if rule is not None:
         args = call.args[1:] if isinstance(call.target, type) else call.args  # a module comes before its arguments
