@@ -36,7 +36,7 @@ class Atoms:
         self._above: list[int] = []  # for each block one with smaller numbers that it is one with, or itself
         self._placed = 0  # blocks that are in ``_parent``
         self._unions: list[tuple[Labels, Labels]] = []
-        self._pins: list[tuple[Labels, Labels]] = []
+        self._pins: list[tuple[Labels, int]] = []
         self.count = 1
 
     def new(self, n: int) -> Labels:
@@ -62,7 +62,9 @@ class Atoms:
 
     def union(self, left: Labels, right: Labels) -> None:
         """Make labels one, pair by pair; vectors of the same length. The smaller number represents both."""
-        low, high = sorted((self.block(left), self.block(right)))
+        low, high = self.block(left), self.block(right)
+        if low > high:
+            low, high = high, low
         if low < 0:
             self._unions.append((left, right))
         elif low != high:
@@ -72,7 +74,7 @@ class Atoms:
 
     def pin(self, labels: Labels, number: int) -> None:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
-        self._pins.append((labels, np.full(len(labels), number)))
+        self._pins.append((labels, number))
 
     def find(self, labels: ArrayLike | slice) -> Labels:
         """The representative of each label, its own copy; 0 for what is pinned."""
@@ -106,11 +108,14 @@ class Atoms:
         if self._placed < len(self._blocks):
             self._place()
         if self._unions:
-            left, right = _joined(self._unions)
+            left, right = (np.concatenate(side) for side in zip(*self._unions, strict=True))
+            self._unions.clear()
             self._unite(left, right)
         if self._pins:
-            labels, numbers = _joined(self._pins)
-            np.minimum.at(self._pin, self._root(labels), numbers)
+            vectors, reasons = zip(*self._pins, strict=True)
+            self._pins.clear()
+            numbers = np.repeat(reasons, [len(labels) for labels in vectors])
+            np.minimum.at(self._pin, self._root(np.concatenate(vectors)), numbers)
 
     def _place(self) -> None:
         """Give new atoms their place: below those that their whole block is one with."""
@@ -184,10 +189,3 @@ class Forms:
                 self._forms[block] = found
         self._known[id(labels)] = (labels, found)
         return found
-
-
-def _joined(pairs: list[tuple[Labels, Labels]]) -> tuple[Labels, Labels]:
-    """All first and all second vectors as one; the list is emptied."""
-    left, right = pairs[0] if len(pairs) == 1 else (np.concatenate(side) for side in zip(*pairs, strict=True))
-    pairs.clear()
-    return left, right

@@ -90,9 +90,10 @@ def _(
 def _spatial(op: Propagation, x: Value, w: Value, stride: list[int], padding: list[int]) -> list[np.ndarray]:
     """Labels of the spatial axes of the output: kept where the kernel is one position, frozen elsewhere."""
     kept = []
+    own, weight = op.tag(x).axes, op.tag(w).axes
     for i, n in enumerate(op.shape[2:]):
-        labels = op.tag(x).axes[2 + i]
-        op.freeze(op.tag(w).axes[2 + i], KERNEL)
+        labels = own[2 + i]
+        op.freeze(weight[2 + i], KERNEL)
         s, p = stride[i % len(stride)], padding[i % len(padding)]
         if w.shape[2 + i] == 1 and s == 1 and p == 0 and len(labels) == n:
             kept.append(labels)

@@ -73,9 +73,9 @@ class Propagation:
         """``n`` new labels, zero where an earlier pass found them frozen."""
         if n == 1:
             return self.zeros(1)
-        labels = self.atoms.new(n)
-        self.fresh_labels[self.number, key] = labels
-        frozen = self.frozen_before.get((self.number, key))
+        place = (self.number, key)
+        labels = self.fresh_labels[place] = self.atoms.new(n)
+        frozen = self.frozen_before.get(place)
         if frozen is None or len(frozen) != n:
             return labels
         self.atoms.union(labels[frozen], np.zeros(int(frozen.sum()), np.int64))
@@ -91,7 +91,7 @@ class Propagation:
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
-        if labels.any():
+        if np.count_nonzero(labels):
             self.atoms.pin(labels, len(self.pins))
             self.pins.append(Pin(self.number, reason))
 
@@ -173,6 +173,8 @@ class Propagation:
 
     def pointwise(self, *tags: Tag) -> Tag:
         """Position i of the output depends on position i of each input alone."""
+        if len(tags) == 1:
+            return tags[0]
         axes = []
         for back in range(max(len(t.axes) for t in tags), 0, -1):
             column = [t.axes[-back] for t in tags if len(t.axes) >= back and len(t.axes[-back]) != 1]

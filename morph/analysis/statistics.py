@@ -46,10 +46,11 @@ def _(op: Propagation, x: Value, weight: Value | None, bias: Value | None, mean:
 
 
 def _normalised(op: Propagation, x: Value, weight: Value | None, bias: Value | None, buffers: list[Value]) -> Tag:
+    tag = op.tag(x)
     for other in [weight, bias, *buffers]:
         if other is not None:
-            op.same(op.tag(x).axes[1], op.tag(other).axes[0])
-    return op.tag(x)
+            op.same(tag.axes[1], op.tag(other).axes[0])
+    return tag
 
 
 @on(aten.native_layer_norm, aten._fused_rms_norm, aten.layer_norm, aten.rms_norm)

@@ -163,5 +163,5 @@ def distinct_axes(state: Propagation) -> Iterator[Axis]:
             roots = state.forms.of(labels)
             if id(roots) not in seen:
                 seen.add(id(roots))
-                if roots.any():
+                if np.count_nonzero(roots):
                     yield Axis(value, axis, roots)
