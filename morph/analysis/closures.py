@@ -234,7 +234,7 @@ class _Closure:
                 self.above[v].update(members)
             wholes.append(table)
         self.of_factor.append(wholes)
-        for w, row in zip(names, map(tuple, factors.T.tolist()), strict=True):
+        for w, row in zip(names, map(_without_end, factors.T.tolist()), strict=True):
             rows = self.below[w]
             if not any(known == row for known, _ in rows):
                 rows.append((row, number))
@@ -257,22 +257,29 @@ class _Closure:
                     if rows is not None and (len(rows) > 1 or atom in chosen):  # one row: met by how it was reached
                         unmet.appendleft(iter(rows))
             while unmet and not todo:
-                broken = next((c for c in unmet[-1] if gone.isdisjoint(c[0])), None)
-                if broken is None:
-                    unmet.pop()
+                for factors, number in unmet[-1]:
+                    if gone.isdisjoint(factors):
+                        choice = self._choose(factors, number, gone)
+                        chosen.add(choice)
+                        todo.append(choice)
+                        break
                 else:
-                    choice = self._choose(*broken, gone)
-                    chosen.add(choice)
-                    todo.append(choice)
+                    unmet.pop()
         return np.sort(np.fromiter(gone, np.int64, len(gone)))
 
     def _choose(self, factors: tuple[int, ...], number: int, gone: set[int]) -> int:
         """Which factor goes when a whole had to: one all of whose wholes are gone, else the innermost that can go."""
-        last = max((k for k, factor in enumerate(factors) if factor), default=0)
-        for k, factor in enumerate(factors[:last]):
+        for k, factor in enumerate(factors[:-1]):
             if factor and gone.issuperset(self.of_factor[number][k][factor]):
                 return factor
-        return factors[last]
+        return factors[-1] if factors else 0
+
+
+def _without_end(factors: list[int]) -> tuple[int, ...]:
+    """Without zeros at the end, so that the last is the innermost that can go."""
+    while factors and not factors[-1]:
+        factors.pop()
+    return tuple(factors)
 
 
 def closed_sets(rows: Rows, seeds: Labels, count: int) -> list[Labels]:
