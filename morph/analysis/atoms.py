@@ -54,7 +54,8 @@ class Atoms:
         """Make labels one, pair by pair; vectors of the same length. The smaller number represents both."""
         low, high = sorted((self.block(left), self.block(right)))
         if low < 0:
-            self._unions.append((left, right))
+            if left.any() or right.any():  # else both are frozen, as those of a mask that is written into many times
+                self._unions.append((left, right))
         elif low != high:
             self._above[high] = low
             if high < self._placed:
