@@ -8,9 +8,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from morph.errors import TraceError
+
 _ATOMS = {bool, int, float, str, bytes, complex, type(None), type}
 _EMPTY = {dict, OrderedDict, set}  # what may be empty, and is made anew then
 _TENSORS = ("_parameters", "_buffers")
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """What ``copy.deepcopy`` gives.
+
+    Raises:
+        TraceError: If the model cannot be copied; says what cannot.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise uncopied(model, error) from error
+
+
+def uncopied(model: nn.Module, error: Exception) -> TraceError:
+    """What to say of a model that cannot be copied."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return TraceError(
+        f"{type(model).__name__} cannot be copied: {lines[0].rstrip('.')}; take what cannot be copied out of its "
+        f"attributes, or give its class a __deepcopy__"
+    )
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

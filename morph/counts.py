@@ -102,8 +102,10 @@ def count(model: nn.Module, inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
         CountError: If there is no tensor or no sample in the inputs, or the model is TorchScript, cannot be copied, or
             does not run.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CountError("a TorchScript model cannot be counted; count the model that it was made from")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"the TorchScript module {path!r}" if path else "a TorchScript model"
+            raise CountError(f"{what} cannot be counted; count the model that it was made from")
     sample = one_sample(inputs)
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with _quiet(), torch.no_grad(), torch.random.fork_rng(cuda):

@@ -7,7 +7,6 @@ dropout and stochastic depth in it draw random numbers of their own.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from morph.blocks import find_cells
+from morph.copying import own_copy
 from morph.counts import Counts, count
 from morph.depth_policies import DepthMetric, DepthPolicy, DepthStep, decide_copies
 from morph.errors import DataError, NothingToGrowError, TargetError
@@ -97,7 +97,7 @@ def deepen(
             raise TargetError(f"{value!r} is not one of {', '.join(allowed)}")
     if policy == "fisher" and data is None:
         raise DataError("the policy 'fisher' needs data: a pair of tensors (inputs, targets)")
-    try_inputs(copy.deepcopy(model), *arguments_of(example_inputs))
+    try_inputs(own_copy(model), *arguments_of(example_inputs))
     found, left = find_units(model, example_inputs, seed=seed)
     if not found:
         raise NothingToGrowError(_why_nothing(left))

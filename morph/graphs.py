@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from morph.copying import own_copy
 from morph.errors import PlanMismatchError
 from morph.plan import SetConstant, SplitAt
 from morph.tracing import trace_graph
@@ -21,7 +21,7 @@ def graph_of(model: nn.Module) -> fx.GraphModule:
         TraceError: If the model cannot be traced symbolically.
     """
     flags = {path: module.training for path, module in model.named_modules()}
-    module = trace_graph(copy.deepcopy(model).eval())
+    module = trace_graph(own_copy(model).eval())
     for path, child in module.named_modules():
         child.training = flags.get(path, model.training)
     return module

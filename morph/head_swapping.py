@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.analysis.recording import Inputs, arguments_of
+from morph.copying import own_copy
 from morph.counts import count
 from morph.cut import apply_plan
 from morph.errors import HeadError
@@ -56,7 +57,7 @@ def swap_head(model: nn.Module, num_classes: int, inputs: Inputs, *, keep: Seque
         >>> result.model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 4])
     """
-    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
+    try_inputs(own_copy(model), *arguments_of(inputs))
     if seed < 0:
         raise HeadError(f"a seed of {seed}; give 0 or more")
     heads = find_heads(model, inputs)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
+from morph.copying import own_copy
 from morph.counts import count
 from morph.cut import apply_plan
 from morph.errors import HeadError, TraceError
@@ -80,7 +81,7 @@ def put_label_head(
         TraceError: The model does not accept ``inputs`` or cannot be traced.
         CheckFailedError: The outputs are something else.
     """
-    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
+    try_inputs(own_copy(model), *arguments_of(inputs))
     _check_seed(seed)
     head = find_heads(model, inputs)[0]
     traced = trace(model, inputs)
@@ -122,7 +123,7 @@ def put_voting_head(model: nn.Module, inputs: Inputs, *, channels: int = 16, see
         HeadError: There is no classifier, it is no linear layer, or something follows it; says why.
         TraceError: The model does not accept ``inputs``.
     """
-    try_inputs(copy.deepcopy(model), *arguments_of(inputs))
+    try_inputs(own_copy(model), *arguments_of(inputs))
     _check_seed(seed)
     if channels < 1:
         raise HeadError(f"{channels} channels; give 1 or more")

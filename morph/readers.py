@@ -146,6 +146,8 @@ def _readers(
         out = values.get(node.name)
         if weight is None:
             unread[path] = "its weight is parametrised"
+        elif module._forward_hooks or module._forward_pre_hooks:  # a gate calls what the layer computes, not the layer
+            unread[path] = "it has hooks"
         elif owners[id(weight)] > 1 or calls[path] > 1 or calls[f"{path}.weight"]:
             unread[path] = "its weight is used more than once"
         elif not isinstance(value, Value) or not isinstance(out, Value):

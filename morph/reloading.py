@@ -13,6 +13,8 @@ from morph.in_place import InPlaceProxy, write_in_place
 class Reloaded(fx.Tracer):
     """Keeps each function that the code of the graph names as one node, as it was; torch puts it to use by itself."""
 
+    proxy_buffer_attributes = True
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Of a kind that knows of assignments in place."""
         return InPlaceProxy(node, self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from torch import nn
 from morph.analysis import analyse
 from morph.analysis.edits import closes_gates, drops, times_of
 from morph.analysis.recording import Inputs, arguments_of, named_tensors, tensors_of
+from morph.copying import own_copy
 from morph.counts import Counts, count
 from morph.cut import apply_plan
 from morph.errors import CheckFailedError
+from morph.graphs import graph_of
 from morph.plan import (
     Check,
     DropBranch,
@@ -29,6 +30,7 @@ from morph.plan import (
     Resize,
     Substitute,
     SwapHead,
+    UseGraph,
 )
 from morph.removal import LIMIT as CUT_LIMIT
 from morph.removal import compare, compare_cut, run_silenced
@@ -106,7 +108,10 @@ def _zeroing(model: nn.Module, cut: nn.Module, edits: list[Resize], inputs: Inpu
 
 def _silenced(model: nn.Module, plan: Plan, inputs: Inputs) -> Check:
     """Compare a model without its closed gates with the model before whose weights are zero where they were cut."""
-    cut = apply_plan(double_copy(model), plan)
+    twin = double_copy(model)
+    cut = apply_plan(twin, plan)
+    if any(isinstance(edit, UseGraph) for edit in plan.edits):  # which has tensors that the code makes
+        model = graph_of(twin)
     resizes = [edit for edit in plan.edits if isinstance(edit, Resize)]
     tensors = dict(named_tensors(model))
     names = [f"{edit.module}.weight" for edit in plan.edits if isinstance(edit, DropBranch)]
@@ -128,7 +133,7 @@ def replay(model: nn.Module, plan: Plan, inputs: Inputs, *, verify: bool = True)
         TraceError: If the model does not accept ``inputs``.
         PlanMismatchError, EditError, CountError, CheckFailedError: As `operate`.
     """
-    try_inputs(copy.deepcopy(model), *arguments_of(inputs))  # a run may write into it
+    try_inputs(own_copy(model), *arguments_of(inputs))  # a run may write into it
     before = count(model, inputs)
     done = operate(model, plan, inputs, verify=verify)
     record = Record(

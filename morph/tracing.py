@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from morph.copying import own_copy
 from morph.errors import SymbolicTraceError, TraceError
 from morph.in_place import InPlaceProxy, write_in_place
 from morph.inputs import Inputs, arguments_of, by_position, images_in
@@ -79,6 +79,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, lines: bool) -> None:
         super().__init__()
         self.record_stack_traces = lines
+        self.proxy_buffer_attributes = True
         self.outputs: dict[str, list[str]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -155,7 +156,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     Raises:
         TraceError: If the model does not accept the inputs or cannot be traced; names the line of the user's code.
     """
-    root = copy.deepcopy(model).eval()
+    root = own_copy(model).eval()
     try_inputs(root, *arguments_of(inputs))
     args = by_position(root, inputs)
     module, found = trace_calls(root, lines=True)
@@ -187,9 +188,19 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
     Raises:
         SymbolicTraceError: If it cannot be traced; names the line of the user's code.
     """
+    if root._forward_hooks or root._forward_pre_hooks:
+        raise SymbolicTraceError(
+            f"{type(root).__name__} cannot be traced: it has hooks of its own, which no graph would call; put "
+            f"what they do into its forward, or remove them"
+        )
     tracer = _Tracer(lines)
     try:
-        graph = write_in_place(tracer.trace(root), root)
+        try:
+            graph = write_in_place(tracer.trace(root), root)
+        except Exception:  # code may look at the values of its buffers, which then are constants
+            tracer = _Tracer(lines)
+            tracer.proxy_buffer_attributes = False
+            graph = write_in_place(tracer.trace(root), root)
     except Exception as error:
         where = place_of(error)
         raise SymbolicTraceError(

@@ -46,16 +46,23 @@ def clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+def _of_torch(hook: object) -> bool:
+    """Whether a hook is one of `torch.nn.utils`, which computes a weight from others before each run."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
 def twin(model: nn.Module, make: Maker) -> nn.Module:
     """Copy a model in evaluation mode, without its hooks, and with each of its tensors replaced by ``make`` of it.
 
+    The hooks stay by which `torch.nn.utils` computes weights from others (spectral norm, masks of pruning).
     Tensors and modules that are shared stay shared. Tensors inside lists or other attributes are copied as they are.
     What a copy cannot hold raises as `copy.deepcopy` does.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
         for name in _HOOKS:
-            memo[id(getattr(module, name))] = OrderedDict()
+            hooks = getattr(module, name).items() if name == "_forward_pre_hooks" else ()
+            memo[id(getattr(module, name))] = OrderedDict((key, hook) for key, hook in hooks if _of_torch(hook))
         for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
             if isinstance(value, Tensor) and id(value) not in memo:
                 made = make(value)

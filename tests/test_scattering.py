@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from analysis_support import gap, run, slow_zeroed, some_units
+from models import randomise
 from torch import Tensor, nn
 
 from morph import analyse, prune, widen
@@ -88,3 +89,46 @@ def test_sizes_written_into_the_code_are_rewritten_in_the_graph():
     assert half.record.details["form"] == "graph"
     assert half.record.after["params"] < 0.6 * half.record.before["params"]
     assert half.record.checks[0].relative < 1e-12
+
+
+class Masked(nn.Module):
+    """Rows or places that are written by a mask or by numbers, and a gated linear unit."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.token = kind, nn.Linear(7, 26), nn.Parameter(torch.empty(13))
+        self.middle, self.last, self.unit = nn.Linear(13, 13), nn.Linear(13, 5), nn.GLU()
+        self.register_buffer("at", torch.tensor([0, 2]))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.unit(self.first(x))
+        if self.kind == "numbers":
+            x[self.at] = self.middle(x[self.at])
+        elif self.kind == "rows":
+            x[mask] = self.token
+        elif self.kind == "compared rows":
+            x[mask.sum(-1) > 2] += 1
+        elif self.kind == "places":
+            y = self.middle(x)
+            y[y > 0.3] = 0.0
+            x = x + y
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("kind", ["numbers", "rows", "compared rows", "places"])
+@pytest.mark.parametrize("form", ["class", "graph"])
+def test_what_masks_and_numbers_write_is_cut_and_copied_exactly(kind, form):
+    torch.manual_seed(2)
+    model = randomise(Masked(kind).double()).eval()
+    inputs = (torch.randn(3, 4, 7, dtype=torch.float64), torch.rand(3, 4) > 0.5)
+    analysis = analyse(model, inputs)
+    assert not analysis.unknown
+    if kind == "compared rows" and form == "graph":  # how many they are depends on values
+        return
+    for seed in range(3):
+        removed = Remover(model, inputs, analysis, form).remove(some_units(analysis, seed))
+        assert removed.choice
+        assert not removed.left
+        assert gap(run(slow_zeroed(model, analysis, removed.choice), inputs), run(removed.model, inputs)) < 1e-12
+    wide = widen(model, inputs, ratio=1.5, form=form)
+    assert gap(run(model, inputs), run(wide.model, inputs)) < 1e-12

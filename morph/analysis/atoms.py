@@ -66,7 +66,8 @@ class Atoms:
         if low > high:
             low, high = high, low
         if low < 0:
-            self._unions.append((left, right))
+            if left.any() or right.any():  # else both are frozen, as those of a mask that is written into many times
+                self._unions.append((left, right))
         elif low != high:
             self._above[high] = low
             if high < self._placed:

@@ -172,11 +172,11 @@ class _Told(_Follower):
 
     def _run(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """With the data that are there; where some are missing, as before if nothing else has changed."""
-        if not any(tensor.is_meta for tensor in collect_tensors((args, kwargs), [])):
+        if not (alike(call.args, args) and alike(call.kwargs, kwargs)):
             return super()._run(call, func, args, kwargs)
-        if alike(call.args, args) and alike(call.kwargs, kwargs):
+        if any(tensor.is_meta for tensor in collect_tensors(args, [])):
             return as_before(call, func, args, kwargs)
-        return super()._run(call, func, args, kwargs)
+        return func(*args, **with_data(func, args, kwargs))
 
 
 def same_data(one: Tensor, other: Tensor) -> bool:

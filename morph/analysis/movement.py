@@ -64,6 +64,15 @@ def _(op: Propagation, x: Value, *args: Any) -> Any:
     return op.reshape(op.tag(x), op.shape)
 
 
+@on(aten.glu)
+def _(op: Propagation, x: Value, axis: int = -1) -> Tag:
+    tag = op.tag(x)
+    at = axis_of(axis, len(tag.axes))
+    first, gates = np.split(tag.axes[at], 2)
+    op.same(first, gates)
+    return _with(op, tag, at, first)
+
+
 @on(aten.permute)
 def _(op: Propagation, x: Value, order: list[int]) -> Tag:
     return Tag(tuple(op.tag(x).axes[a] for a in order))

@@ -24,7 +24,7 @@ from morph.analysis.recording import (
     tensors_of,
     without_data,
 )
-from morph.copying import copy_module
+from morph.copying import copy_module, uncopied
 from morph.errors import MorphError, TraceError
 from morph.inputs import in_order, plain
 from morph.interpreter import Interpreter
@@ -81,8 +81,11 @@ def record(
 def _record_data(model: nn.Module, inputs: Inputs, whole: tuple[type[nn.Module], ...]) -> Recording:
     """Run a copy of the model with its data."""
     try:
-        own = pytree.tree_map_only(Tensor, Tensor.detach, plain(inputs))
         twin = evaluating(copy_module(model))
+    except Exception as error:
+        raise uncopied(model, error) from error
+    try:
+        own = pytree.tree_map_only(Tensor, Tensor.detach, plain(inputs))
         recorder = Recorder(twin, "data", whole)
         recording = recorder.run(own)
         recording.shared += sharing(named_tensors(model))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from morph.analysis.caches import forget_tensors
-from morph.copying import copy_module
-from morph.errors import TraceError
+from morph.copying import copy_module, uncopied
 from morph.inputs import Inputs as Inputs
 from morph.inputs import arguments_of as arguments_of
 from morph.inputs import tensors_of as tensors_of
@@ -291,7 +290,7 @@ def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = No
     try:
         return evaluating(copy_module(model, memo))
     except Exception as error:
-        raise TraceError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+        raise uncopied(model, error) from error
 
 
 def evaluating(model: nn.Module) -> nn.Module:

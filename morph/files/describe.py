@@ -173,8 +173,11 @@ def _network_name(found: dict[str, list[NodeSpec]]) -> str:
 
 
 def _graphs_of(module: nn.Module) -> tuple[dict[str, list[NodeSpec]], dict[str, Tensor]]:
-    """The graphs of a `torch.fx.GraphModule` as they stand, or of a user's class by tracing."""
-    if not isinstance(module, fx.GraphModule):
+    """The graphs of a `torch.fx.GraphModule` as they stand, or of a user's class by tracing.
+
+    A graph that calls layers of a user's class, as a tracer leaves subclasses of torch's own, is traced through these.
+    """
+    if not isinstance(module, fx.GraphModule) or not graphs.calls_known(module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return graphs.trace_both(module)

@@ -24,6 +24,12 @@ def known_throughout(module: nn.Module) -> bool:
     return all(names.class_name(type(m)) is not None for m in module.modules())
 
 
+def calls_known(module: fx.GraphModule) -> bool:
+    """Whether every module that a graph calls is of a known class."""
+    called = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    return all(known_throughout(module.get_submodule(path)) for path in called)
+
+
 class _Tracer(fx.Tracer):
     """Keeps modules of known classes whole and records what is read from buffers."""
 
@@ -66,7 +72,10 @@ _WAY_OUT = "; save its state_dict instead and open that with --arch package.modu
 
 def _trace(module: nn.Module, training: bool, constants: dict[str, Tensor]) -> list[NodeSpec]:
     memo: dict[int, object] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    root = copy.deepcopy(module, memo).train(training)
+    try:
+        root = copy.deepcopy(module, memo).train(training)
+    except Exception as error:
+        raise ModelFileError(f"cannot save {type(module).__name__}: it cannot be copied ({error}){_WAY_OUT}") from error
     if any(m.training is not training for m in root.modules()):
         raise ModelFileError(
             f"cannot save {type(module).__name__}: its own train() keeps parts of it in another mode, "
