@@ -103,7 +103,6 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("numbers of the search (defaults are the paper's)")
     for flag, default, what in (
         ("--lambda2", 1e-3, "strength of the penalty on gates"),
-        ("--gate-lr", 0.01, "step size of the gates"),
         ("--tau", 4.0, "temperature of the softened outputs"),
         ("--kl0", 0.0, "divergence that is aimed at"),
         ("--lr", 0.1, "learning rate of the weights; a tenth from the middle on, a hundredth from 85 %% on"),
@@ -111,6 +110,12 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         ("--weight-decay", 1e-4, "weight decay of the weights"),
     ):
         group.add_argument(flag, type=float, default=default, metavar="X", help=f"{what} (default %(default)s)")
+    group.add_argument(
+        "--gate-lr",
+        type=float,
+        metavar="X",
+        help="step size of the gates (default: the paper's 0.01, in a shorter search in proportion more, at most 0.5)",
+    )
     group.add_argument("--clamp", action="store_true", help="keep gates from falling below zero")
     group.add_argument(
         "--count-every", type=positive, default=10, metavar="N", help="steps between two counts (default %(default)s)"

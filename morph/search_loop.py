@@ -68,18 +68,19 @@ class Search:
         self.options, self.fabric, self.keep = options, fabric, keep
         self.length = round_length(data, options.batch_size)
         self.steps = options.epochs * self.length
+        self.gate_lr = options.gate_step(self.steps)
         self.teacher = fabric.to_device(copy.deepcopy(teacher)).eval().requires_grad_(False)
         self.model = fabric.setup_module(model.train())
         self.alpha = meter.flat.join(alpha)
         numbers = {id(gate.weight) for gate in gates.values()}
         weights = [p.requires_grad_(True) for p in model.parameters() if id(p) not in numbers]  # teachers may be frozen
         base = torch.optim.SGD(weights, options.lr, options.momentum, weight_decay=options.weight_decay)
-        numbers_of_gates = {"lr": options.gate_lr, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
+        numbers_of_gates = {"lr": self.gate_lr, "lambda2": options.lambda2, "momentum": GATE_MOMENTUM}
         self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)
         self.base, self.optimizer = base, cast(_FabricOptimizer, fabric.setup_optimizers(base))
         self.before = self.sparse()  # the sparse iterate when sizes were counted last
         self.next_look = 0  # the step from which on the penalty is looked at again
-        self.found = Found(lambda2=[[0, options.lambda2]])
+        self.found = Found(lambda2=[[0, options.lambda2]], gate_lr=self.gate_lr)
 
     def sparse(self) -> Tensor:
         """The sparse iterate of all gates, ``[total]``, on the CPU."""
@@ -183,7 +184,7 @@ class Search:
         self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
         far = distances(sparse, self.alpha)
         last = last_gates(far, self.meter.flat.lengths.values())
-        lr, momentum = self.options.gate_lr, GATE_MOMENTUM
+        lr, momentum = self.gate_lr, GATE_MOMENTUM
         needed, spares = needed_lambda2(
             self.meter, closed, far, last, self.target, lr=lr, momentum=momentum, steps=rest
         )

@@ -17,6 +17,9 @@ Weighting = Literal["macs", "params", "memory", "latency"]
 
 GATE_MOMENTUM = 0.9
 
+_GATE_STEP, _STEPS = 0.01, 300 * 391  # of the paper: 300 epochs of 50,000 images in batches of 128
+_LONGEST_GATE_STEP = 0.5
+
 
 class SearchLoss(Protocol):
     """A loss that says whether it looks at the teacher."""
@@ -50,7 +53,7 @@ class SearchOptions:
         kl0: Where the divergence is driven to; see `morph.search_losses.DistillationLoss`.
         lambda2: Strength of the penalty; raised on the way where the budget would not be met within ``epochs``. The
             last tenth of the gates in front of a layer bears no more than this, unless the budget asks for it.
-        gate_lr: Step size of the gates, constant.
+        gate_lr: Step size of the gates, constant; None for what `gate_step` gives.
         clamp: Keep gates from falling below zero.
         lr: Learning rate of the weights at first; a tenth from the middle on, a hundredth from 85 % on.
         momentum: Of the weights.
@@ -72,7 +75,7 @@ class SearchOptions:
     tau: float = 4.0
     kl0: float = 0.0
     lambda2: float = 1e-3
-    gate_lr: float = 0.01
+    gate_lr: float | None = None
     clamp: bool = False
     lr: float = 0.1
     momentum: float = 0.9
@@ -92,7 +95,7 @@ class SearchOptions:
             if getattr(self, name) < 1:
                 raise TargetError(f"{name} of {getattr(self, name)}; give at least 1")
         for name in ("gate_lr", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise TargetError(f"{name} of {getattr(self, name)}; give a number above 0")
         for name in ("lambda2", "momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < (1 if name == "momentum" else float("inf")):
@@ -104,6 +107,20 @@ class SearchOptions:
     def weighted(self) -> bool:
         """Whether gates are weighted by what closing them saves."""
         return self.mode.endswith("-weighted")
+
+    def gate_step(self, steps: int) -> float:
+        """The step size of the gates in a search of so many steps.
+
+        Where none is given, it is the paper's 0.01 in a search as long as the paper's or longer, in a shorter one in
+        proportion more, and at most 0.5. So the loss pulls gates as far as there beside a penalty that closes them in
+        the time there is: that grows as time gets short, and would decide alone.
+
+        Args:
+            steps: Of the whole search.
+        """
+        if self.gate_lr is not None:
+            return self.gate_lr
+        return min(_LONGEST_GATE_STEP, _GATE_STEP * max(1.0, _STEPS / steps))
 
     def make_loss(self, own: UserLoss | None = None) -> SearchLoss:
         """The loss of the mode, or the user's own."""

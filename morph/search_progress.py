@@ -64,6 +64,7 @@ class Found:
         forced: Gates that were closed at the end of the time, the nearest to zero first.
         history: One row for each time that sizes were counted.
         lambda2: ``[step, value]`` each time that it changed.
+        gate_lr: Step size of the gates.
     """
 
     step: int = 0
@@ -73,3 +74,4 @@ class Found:
     forced: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     lambda2: list[list[float]] = field(default_factory=list)
+    gate_lr: float = 0.0

@@ -184,6 +184,7 @@ def _details(space: SearchSpace, found: Found, after: Counts) -> dict[str, Any]:
         "forced": found.forced,
         "thin": thin(space.gated.sites, closed),
         "lambda2": found.lambda2,
+        "gate_lr": found.gate_lr,
         "drops": drops(space.gated.sites, closed),
         "history": found.history[::-every][::-1],
     }

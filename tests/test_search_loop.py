@@ -330,3 +330,14 @@ def test_distances_and_rates():
 def test_options(wrong, text):
     with pytest.raises(TargetError, match=text):
         SearchOptions(**wrong)
+
+
+def test_gates_take_longer_steps_in_a_shorter_search():
+    """Steps times their length stay what they are in the paper, until steps would be too long."""
+    options = SearchOptions()
+    assert options.gate_step(300 * 391) == options.gate_step(10**7) == 0.01
+    assert options.gate_step(30 * 391) == pytest.approx(0.1)
+    assert options.gate_step(10) == 0.5
+    assert SearchOptions(gate_lr=0.03).gate_step(10) == 0.03
+    with pytest.raises(TargetError, match="gate_lr of 0"):
+        SearchOptions(gate_lr=0.0)
