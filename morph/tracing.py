@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,19 @@ def place_of(error: BaseException) -> str:
 class _Tracer(fx.Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
-    def __init__(self, lines: bool) -> None:
+    def __init__(self, lines: bool, absent: Collection[str], buffers: bool) -> None:
         super().__init__()
         self.record_stack_traces = lines
-        self.proxy_buffer_attributes = True
+        self.proxy_buffer_attributes = buffers
+        self.absent = absent
         self.outputs: dict[str, list[str]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return function, [None if isinstance(a, fx.Proxy) and a.node.target in self.absent else a for a in args]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _ConvNd | nn.MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
@@ -178,12 +184,15 @@ def trace_graph(root: nn.Module) -> fx.GraphModule:
     return trace_calls(root)[0]
 
 
-def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+def trace_calls(
+    root: nn.Module, *, lines: bool = False, absent: Collection[str] = ()
+) -> tuple[fx.GraphModule, dict[str, list[str]]]:
     """The symbolic graph of ``root`` and, by module path, the nodes that hold its (first) output, one for each call.
 
     Args:
         root: The graph shares its modules.
         lines: Whether nodes know the lines of the user's code that they come from.
+        absent: Names of arguments that are None to the code.
 
     Raises:
         SymbolicTraceError: If it cannot be traced; names the line of the user's code.
@@ -193,13 +202,12 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
             f"{type(root).__name__} cannot be traced: it has hooks of its own, which no graph would call; put "
             f"what they do into its forward, or remove them"
         )
-    tracer = _Tracer(lines)
+    tracer = _Tracer(lines, absent, buffers=True)
     try:
         try:
             graph = write_in_place(tracer.trace(root), root)
         except Exception:  # code may look at the values of its buffers, which then are constants
-            tracer = _Tracer(lines)
-            tracer.proxy_buffer_attributes = False
+            tracer = _Tracer(lines, absent, buffers=False)
             graph = write_in_place(tracer.trace(root), root)
     except Exception as error:
         where = place_of(error)
@@ -210,6 +218,40 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
         ) from error
     graph._tracer_cls = Reloaded
     return fx.GraphModule(root, graph, type(root).__name__), tracer.outputs
+
+
+def require_same_way(graph: fx.GraphModule, root: nn.Module, inputs: Inputs) -> None:
+    """See that the code does what its graph does with ``inputs``: to a tracer an argument is never None.
+
+    Args:
+        graph: The traced graph of ``root``.
+        root: Not touched.
+        inputs: Example inputs.
+
+    Raises:
+        SymbolicTraceError: If it does something else where arguments are None that are not among them; names these.
+    """
+    parameters = inspect.signature(type(root).forward).parameters
+    optional = [name for name, parameter in parameters.items() if parameter.default is None]
+    if not optional:
+        return
+    args, kwargs = arguments_of(inputs)
+    given = dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
+    absent = [name for name in optional if given.get(name) is None]
+    try:
+        found = trace_calls(root, absent=absent)[0] if absent else graph
+    except SymbolicTraceError:  # which is another way in any case
+        found = None
+    if found is None or _steps(found.graph) != _steps(graph.graph):
+        raise SymbolicTraceError(
+            f"{type(root).__name__} cannot be traced: its code does something else where {', '.join(absent)} is None, "
+            f"which no graph can tell; give it among the inputs, or take it out of the arguments of its forward"
+        )
+
+
+def _steps(graph: fx.Graph) -> list[str]:
+    """What a graph does, step by step."""
+    return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
 
 
 def _way_out(root: nn.Module) -> str:
