@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from morph.copying import own_copy
 from morph.errors import SymbolicTraceError, TraceError
-from morph.in_place import InPlaceProxy, write_in_place
+from morph.in_place import write_in_place
 from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
+from morph.optional_arguments import Tracer, optional_arguments, steps
 from morph.reloading import Reloaded
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
@@ -74,7 +75,7 @@ def place_of(error: BaseException) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
     def __init__(self, lines: bool, absent: Collection[str], buffers: bool) -> None:
@@ -83,13 +84,6 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = buffers
         self.absent = absent
         self.outputs: dict[str, list[str]] = {}
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return function, [None if isinstance(a, fx.Proxy) and a.node.target in self.absent else a for a in args]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _ConvNd | nn.MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
@@ -231,27 +225,22 @@ def require_same_way(graph: fx.GraphModule, root: nn.Module, inputs: Inputs) -> 
     Raises:
         SymbolicTraceError: If it does something else where arguments are None that are not among them; names these.
     """
-    parameters = inspect.signature(type(root).forward).parameters
-    optional = [name for name, parameter in parameters.items() if parameter.default is None]
+    optional = optional_arguments(root)
     if not optional:
         return
     args, kwargs = arguments_of(inputs)
-    given = dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
+    names = list(inspect.signature(root.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
     absent = [name for name in optional if given.get(name) is None]
     try:
         found = trace_calls(root, absent=absent)[0] if absent else graph
     except SymbolicTraceError:  # which is another way in any case
         found = None
-    if found is None or _steps(found.graph) != _steps(graph.graph):
+    if found is None or steps(found.graph) != steps(graph.graph):
         raise SymbolicTraceError(
             f"{type(root).__name__} cannot be traced: its code does something else where {', '.join(absent)} is None, "
             f"which no graph can tell; give it among the inputs, or take it out of the arguments of its forward"
         )
-
-
-def _steps(graph: fx.Graph) -> list[str]:
-    """What a graph does, step by step."""
-    return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes]
 
 
 def _way_out(root: nn.Module) -> str:

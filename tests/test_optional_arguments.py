@@ -45,3 +45,17 @@ def test_a_graph_does_what_the_code_does_with_these_inputs_or_is_refused(kind, g
     assert gap(outputs(model, inputs), outputs(gated.model, inputs)) < 1e-12
     shut(gated, 0.5, 1)
     assert gap(outputs(gated.model, inputs), outputs(gated.remove().model, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["asked for", "never"])
+def test_an_opened_network_asks_for_what_its_code_asked_for(kind, tmp_path):
+    model, x, scale = randomise(Optional(kind)).eval(), torch.randn(3, 7), torch.ones(3)
+    morph.save_model(model, tmp_path / "model.pt")
+    opened = morph.open_model(tmp_path / "model.pt").model
+    assert torch.equal(opened(x, scale), model(x, scale))
+    assert torch.equal(opened(x, scale=scale), model(x, scale))
+    if kind == "never":
+        assert torch.equal(opened(x), model(x))
+    else:
+        with pytest.raises(RuntimeError, match="scale"):
+            opened(x)
