@@ -18,6 +18,7 @@ from morph.gate_borders import add_border, top_edge
 from morph.graphs import graph_of
 from morph.passes.gates import Tap
 from morph.readers import Graphed, Mask, Reader, Survey, graphed
+from morph.tracing import require_same_way
 from morph.weight_readers import with_inner
 
 Where = Literal["auto", "producer", "connection"]
@@ -85,7 +86,9 @@ def lay_out(model: nn.Module, inputs: Inputs, where: Where) -> Layout:
         TraceError: If the model cannot be traced symbolically.
         EditError: If there is no channel that can be gated.
     """
-    plain = with_inner(graphed(graph_of(skeleton(model)), inputs))
+    traced = graph_of(skeleton(model))
+    require_same_way(traced, skeleton(model), inputs)
+    plain = with_inner(graphed(traced, inputs))
     chosen = chosen_units(plain)
     connections = [
         r

@@ -27,6 +27,7 @@ from morph.inputs import plain
 from morph.interpreter import Interpreter
 from morph.plan import Resize, SetConstant, SplitAt
 from morph.resizing import resized
+from morph.tracing import require_same_way
 
 _SPLITS = ("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "true_divide", "floordiv", "floor_divide", "pow", "rsub"}
@@ -51,6 +52,7 @@ class GraphFitter:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.inputs = pytree.tree_map_only(Tensor, without_data, plain(inputs))
         self.graph = graph_of(skeleton(model))
+        require_same_way(self.graph, skeleton(model), self.inputs)
         recording, self.values = record_nodes(self.graph, self.inputs)
         self.state: Propagation = propagate(recording, RULES)
 

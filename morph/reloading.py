@@ -7,17 +7,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from morph.in_place import InPlaceProxy, write_in_place
+from morph.in_place import write_in_place
+from morph.optional_arguments import Tracer
 
 
-class Reloaded(fx.Tracer):
+class Reloaded(Tracer):
     """Keeps each function that the code of the graph names as one node, as it was; torch puts it to use by itself."""
 
     proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Of a kind that knows of assignments in place."""
-        return InPlaceProxy(node, self)
 
     def trace(self, root: nn.Module | types.FunctionType, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
         """The graph of the code of ``root``."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from morph.copying import own_copy
 from morph.errors import SymbolicTraceError, TraceError
-from morph.in_place import InPlaceProxy, write_in_place
+from morph.in_place import write_in_place
 from morph.inputs import Inputs, arguments_of, by_position, images_in
 from morph.interpreter import Interpreter
+from morph.optional_arguments import Tracer, optional_arguments, steps
 from morph.reloading import Reloaded
 
 _LIBRARIES = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
@@ -73,17 +75,15 @@ def place_of(error: BaseException) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Remembers which node holds the output of which module; convolutions and attention are leaves."""
 
-    def __init__(self, lines: bool) -> None:
+    def __init__(self, lines: bool, absent: Collection[str], buffers: bool) -> None:
         super().__init__()
         self.record_stack_traces = lines
-        self.proxy_buffer_attributes = True
+        self.proxy_buffer_attributes = buffers
+        self.absent = absent
         self.outputs: dict[str, list[str]] = {}
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _ConvNd | nn.MultiheadAttention) or super().is_leaf_module(m, module_qualified_name)
@@ -178,12 +178,15 @@ def trace_graph(root: nn.Module) -> fx.GraphModule:
     return trace_calls(root)[0]
 
 
-def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule, dict[str, list[str]]]:
+def trace_calls(
+    root: nn.Module, *, lines: bool = False, absent: Collection[str] = ()
+) -> tuple[fx.GraphModule, dict[str, list[str]]]:
     """The symbolic graph of ``root`` and, by module path, the nodes that hold its (first) output, one for each call.
 
     Args:
         root: The graph shares its modules.
         lines: Whether nodes know the lines of the user's code that they come from.
+        absent: Names of arguments that are None to the code.
 
     Raises:
         SymbolicTraceError: If it cannot be traced; names the line of the user's code.
@@ -193,13 +196,12 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
             f"{type(root).__name__} cannot be traced: it has hooks of its own, which no graph would call; put "
             f"what they do into its forward, or remove them"
         )
-    tracer = _Tracer(lines)
+    tracer = _Tracer(lines, absent, buffers=True)
     try:
         try:
             graph = write_in_place(tracer.trace(root), root)
         except Exception:  # code may look at the values of its buffers, which then are constants
-            tracer = _Tracer(lines)
-            tracer.proxy_buffer_attributes = False
+            tracer = _Tracer(lines, absent, buffers=False)
             graph = write_in_place(tracer.trace(root), root)
     except Exception as error:
         where = place_of(error)
@@ -210,6 +212,35 @@ def trace_calls(root: nn.Module, *, lines: bool = False) -> tuple[fx.GraphModule
         ) from error
     graph._tracer_cls = Reloaded
     return fx.GraphModule(root, graph, type(root).__name__), tracer.outputs
+
+
+def require_same_way(graph: fx.GraphModule, root: nn.Module, inputs: Inputs) -> None:
+    """See that the code does what its graph does with ``inputs``: to a tracer an argument is never None.
+
+    Args:
+        graph: The traced graph of ``root``.
+        root: Not touched.
+        inputs: Example inputs.
+
+    Raises:
+        SymbolicTraceError: If it does something else where arguments are None that are not among them; names these.
+    """
+    optional = optional_arguments(root)
+    if not optional:
+        return
+    args, kwargs = arguments_of(inputs)
+    names = list(inspect.signature(root.forward).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    absent = [name for name in optional if given.get(name) is None]
+    try:
+        found = trace_calls(root, absent=absent)[0] if absent else graph
+    except SymbolicTraceError:  # which is another way in any case
+        found = None
+    if found is None or steps(found.graph) != steps(graph.graph):
+        raise SymbolicTraceError(
+            f"{type(root).__name__} cannot be traced: its code does something else where {', '.join(absent)} is None, "
+            f"which no graph can tell; give it among the inputs, or take it out of the arguments of its forward"
+        )
 
 
 def _way_out(root: nn.Module) -> str:

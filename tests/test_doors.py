@@ -18,6 +18,7 @@ ORDER = [
     "atomic",
     "inputs",
     "in_place",
+    "optional_arguments",
     "unfused",
     "attention",
     "label_heads",

@@ -180,13 +180,17 @@ class Optional(nn.Module):
 
 
 def test_an_argument_left_out_is_not_taken_for_another():
-    """With the second left out the third is the third; a branch that the trace got wrong is refused."""
+    """With the second left out the third is the third; a branch that a trace gets wrong is left to the class."""
     model, factor = Optional(), torch.rand(29, 1)
     gated = morph.gate(model, {"left": LEFT, "factor": factor})
     torch.testing.assert_close(gated.model(left=LEFT, factor=factor), model(LEFT, None, factor))
     assert all(check.passed for check in gated.remove().record.checks)
-    with pytest.raises(TraceError, match=r"does not run on these inputs: .*give that argument"):
-        morph.gate(model, LEFT)
+    gated = morph.gate(model, LEFT)
+    assert isinstance(gated.model, Optional)
+    torch.testing.assert_close(gated.model(LEFT), model(LEFT))
+    assert all(check.passed for check in gated.remove().record.checks)
+    with pytest.raises(TraceError, match="does something else where right, factor is None"):
+        morph.gate(model, LEFT, "connection")
 
 
 class Groups(nn.Module):

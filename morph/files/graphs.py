@@ -14,7 +14,8 @@ from morph.errors import ModelFileError, UnsafeFileError
 from morph.files import names, values
 from morph.files.spec import Json, NodeSpec
 from morph.files.values import Found, NotPlainError, Scope
-from morph.in_place import InPlaceProxy, write_in_place
+from morph.in_place import write_in_place
+from morph.optional_arguments import Tracer, optional_arguments, steps
 
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 
@@ -30,13 +31,10 @@ def calls_known(module: fx.GraphModule) -> bool:
     return all(known_throughout(module.get_submodule(path)) for path in called)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Keeps modules of known classes whole and records what is read from buffers."""
 
     proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return known_throughout(m)
@@ -88,7 +86,21 @@ def _trace(module: nn.Module, training: bool, constants: dict[str, Tensor]) -> l
         raise ModelFileError(
             f"cannot save {type(module).__name__}: it is not of a known class and cannot be traced ({first}){_WAY_OUT}"
         ) from error
+    asked_for = [name for name in optional_arguments(root) if not _same_without(name, graph, root)]
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in asked_for:
+            node.args = ()  # so that it must be given
     return write(graph, root, constants)
+
+
+def _same_without(name: str, graph: fx.Graph, root: nn.Module) -> bool:
+    """Whether the code does the same where an argument is None."""
+    tracer = _Tracer()
+    tracer.absent = [name]
+    try:
+        return steps(write_in_place(tracer.trace(root), root)) == steps(graph)
+    except Exception:
+        return False
 
 
 def write(graph: fx.Graph, root: nn.Module, constants: dict[str, Tensor]) -> list[NodeSpec]:
