@@ -91,9 +91,13 @@ class Propagation:
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
-        if labels.any():
+        if self.is_free(labels):
             self.atoms.pin(labels, len(self.pins))
             self.pins.append(Pin(self.number, reason))
+
+    def is_free(self, labels: Labels) -> bool:
+        """Whether any of the labels can go, as far as is known."""
+        return labels is not self._zeros.get(len(labels)) and bool(labels.any())
 
     def takes_part(self, x: Value, labels: Labels, part: slice) -> None:
         """Note that a slice reads a part of an axis of a parameter."""
@@ -283,9 +287,10 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     state.named = state.atoms.count
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
+    found = {target: _rule(target, rules) for target in {call.target for call in recording.calls}}
     for number, call in enumerate(recording.calls):
         state.number = number
-        _apply(state, call, rules)
+        _apply(state, call, found[call.target])
     for value in [*recording.outputs, *recording.outputs_in_training]:
         state.freeze_all(state.tag(value), "output of the model")
     for value in recording.sources.values():  # such as a table of positions that longer inputs read on
@@ -296,10 +301,9 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     return state
 
 
-def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
+def _apply(state: Propagation, call: Call, rule: Rule | None) -> None:
     """Give every output of ``call`` its tag."""
     inputs = [state.tag(v) for v in call.reads]
-    rule = _rule(call.target, rules)
     outputs = values_in(call.output)
     if rule is not None:
         args = call.args[1:] if isinstance(call.target, type) else call.args  # a module comes before its arguments
@@ -307,7 +311,7 @@ def _apply(state: Propagation, call: Call, rules: Mapping[Any, Rule]) -> None:
     elif inputs and isinstance(call.target, torch._ops.OpOverload) and torch.Tag.pointwise in call.target.tags:
         result = state.pointwise(*inputs)
     else:
-        if any(axis.any() for tag in inputs for axis in tag.axes):
+        if any(state.is_free(axis) for tag in inputs for axis in tag.axes):
             state.unknown[operator_name(call.target)] += 1
             state.freeze_all(inputs, f"no rule for {operator_name(call.target)}")
         result = [state.frozen(v.shape) for v in outputs]
