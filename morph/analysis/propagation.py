@@ -91,9 +91,13 @@ class Propagation:
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Pin labels and remember why."""
-        if np.count_nonzero(labels):
+        if self.is_free(labels):
             self.atoms.pin(labels, len(self.pins))
             self.pins.append(Pin(self.number, reason))
+
+    def is_free(self, labels: Labels) -> bool:
+        """Whether any of the labels can go, as far as is known."""
+        return labels is not self._zeros.get(len(labels)) and bool(np.count_nonzero(labels))
 
     def takes_part(self, x: Value, labels: Labels, part: slice) -> None:
         """Note that a slice reads a part of an axis of a parameter."""
@@ -284,12 +288,10 @@ def _once(recording: Recording, rules: Mapping[Any, Rule], frozen: Mapping[tuple
     state.named = list(state.fresh_labels.values())
     for value in recording.inputs:
         state.tags[value.number] = state.frozen(value.shape)
-    known: dict[Any, Rule | None] = {}
+    found = {target: _rule(target, rules) for target in {call.target for call in recording.calls}}
     for number, call in enumerate(recording.calls):
         state.number = number
-        if call.target not in known:
-            known[call.target] = _rule(call.target, rules)
-        _apply(state, call, known[call.target])
+        _apply(state, call, found[call.target])
     for value in [*recording.outputs, *recording.outputs_in_training]:
         state.freeze_all(state.tag(value), "output of the model")
     for value in recording.sources.values():  # such as a table of positions that longer inputs read on
@@ -310,7 +312,7 @@ def _apply(state: Propagation, call: Call, rule: Rule | None) -> None:
     elif inputs and isinstance(call.target, torch._ops.OpOverload) and torch.Tag.pointwise in call.target.tags:
         result = state.pointwise(*inputs)
     else:
-        if any(axis.any() for tag in inputs for axis in tag.axes):
+        if any(state.is_free(axis) for tag in inputs for axis in tag.axes):
             state.unknown[operator_name(call.target)] += 1
             state.freeze_all(inputs, f"no rule for {operator_name(call.target)}")
         result = [state.frozen(v.shape) for v in outputs]
