@@ -457,3 +457,7 @@ def test_gates_of_one_change_no_bit_however_the_input_is_laid_out(seed):
     weight = torch.randn(int(torch.randint(1, 30, ())), x.shape[-1], dtype=dtype, requires_grad=learns)
     bias = torch.randn(len(weight), dtype=dtype, requires_grad=True) if seed % 7 else None
     assert torch.equal(gated_reader(x, weight, bias, gates, ()), F.linear(x, weight, bias))
+    with torch.no_grad():
+        quiet = gated_reader(x, weight, bias, gates, ())
+        assert torch.equal(quiet, F.linear(x, weight, bias))
+        assert not quiet.requires_grad

@@ -54,7 +54,10 @@ def gated_reader(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor, 
         form: Its numbers.
     """
     if _kept_anyway(x, form):
-        return _plain(x, weight * _column(gates.to(weight.dtype), form), bias, form)
+        gates = gates.to(weight.dtype)
+        if form or torch.is_grad_enabled() or not isinstance(x, Tensor) or x.is_contiguous():
+            return _plain(x, weight * _column(gates, form), bias, form)
+        return _scattered(x, weight, bias, gates)
     return _GatedReader.apply(x, weight, bias, gates.to(weight.dtype), form)  # type: ignore[no-any-return]
 
 
@@ -79,6 +82,12 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor
     layer = _CONVOLUTIONS[transposed, len(stride)]
     more = (output_padding, groups, dilation) if transposed else (dilation, groups)
     return layer(x, weight, bias, stride, padding, *more)  # type: ignore[no-any-return]
+
+
+def _scattered(x: Tensor, weight: Tensor, bias: Tensor | None, gates: Tensor) -> Tensor:
+    """A linear layer on rows that do not lie one behind the other: whether the weight learns decides how torch sums."""
+    with torch.set_grad_enabled(weight.requires_grad):
+        return _plain(x, weight * gates, bias, ()).detach()
 
 
 def _column(gates: Tensor, form: Form) -> Tensor:
@@ -127,9 +136,8 @@ class _GatedReader(torch.autograd.Function):
             small = _on_activation(x, weight, form)
             pair = (x * _row(gates, form), weight) if small else (x, weight * _column(gates, form))
             output = _plain(*pair, bias, form)
-        else:  # how rows that do not lie one behind the other are summed depends on whether the weight learns
-            with torch.set_grad_enabled(weight.requires_grad):
-                output = _plain(x, weight * gates, bias, form).detach()
+        else:
+            output = _scattered(x, weight, bias, gates)
         # a linear layer gives a view of its rows, into which autograd would let nobody write
         return output if form else torch.ops.aten._unsafe_view.default(output, output.shape)
 
