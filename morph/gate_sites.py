@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -191,7 +191,7 @@ def _sites(
         yield from by_coupling(bordered, chosen)
         return
     before = {reader.name: reader for reader in plain.readers}
-    inner = tuple(by_coupling(replace(bordered, readers=tuple(r for r in bordered.readers if r.inner)), chosen))
+    inner = _by_weight(by_coupling(replace(bordered, readers=tuple(r for r in bordered.readers if r.inner)), chosen))
     for reader in bordered.readers:
         if reader.inner:
             yield from (names.known(site, before) for site in inner if site.taps[0].reader == reader.node)
@@ -219,6 +219,16 @@ def _sites(
             taps=(Tap(reader.node, index),),
             units=own,
         )
+
+
+def _by_weight(sites: Iterable[Site]) -> list[Site]:
+    """Sites of readers that no node calls, named after the weight that reads where that tells them apart."""
+    found = list(sites)
+    held = collections.Counter(tap.reader for site in found for tap in site.taps)
+    return [
+        replace(site, name=site.taps[0].reader) if len(site.taps) == held[site.taps[0].reader] == 1 else site
+        for site in found
+    ]
 
 
 def by_coupling(graph: Survey, chosen: Mapping[str, Mask]) -> Iterator[Site]:
@@ -290,8 +300,7 @@ class _Names:
         """A site of the graph with borders, with the couplings of the model."""
         tap = site.taps[0]
         first = np.array([tap.index.index(gate) for gate in range(site.gates) if gate in tap.index], np.int64)
-        name = tap.reader if len(site.taps) == 1 else site.name
-        return replace(site, name=name, couplings=self.of(readers[tap.reader], first)[0])
+        return replace(site, couplings=self.of(readers[tap.reader], first)[0])
 
     def of(self, reader: Reader, positions: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The couplings at some positions of what a reader reads, and who makes each position."""
