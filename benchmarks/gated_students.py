@@ -61,14 +61,10 @@ def jobs() -> Iterator[dict[str, Any]]:
     for seed in SEEDS:  # as many rounds as weights have seen that a search has trained
         rounds = {"rounds": SEARCH_ROUNDS + STUDENT_ROUNDS}
         yield {"way": "torch-pruning taylor", "seed": seed, "weights": "inherited", "options": rounds}
-    for seed in SEEDS:  # steps of the gates as much longer as the search is shorter than that of the paper
+    for seed in (*SEEDS, *MORE_SEEDS):  # longer steps of the gates; which of the two weighted searches is first
         for weights in ("fresh", "inherited"):
             for way in ("kd-weighted", "np-weighted"):
                 yield {"way": way, "seed": seed, "weights": weights, "options": {"gate_lr": GATE_LR}}
-    for seed in MORE_SEEDS:  # which of the two weighted searches is first
-        for weights in ("fresh", "inherited"):
-            for way in ("kd-weighted", "np-weighted"):
-                yield {"way": way, "seed": seed, "weights": weights, "options": {}}
 
 
 class Bench:
