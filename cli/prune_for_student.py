@@ -100,7 +100,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_numbers(parser: argparse.ArgumentParser) -> None:
     """Add the numbers of the loss and of both optimizers."""
-    group = parser.add_argument_group("numbers of the search (defaults are the paper's)")
+    group = parser.add_argument_group("numbers of the search (defaults are the paper's, but for --gate-lr)")
     for flag, default, what in (
         ("--lambda2", 1e-3, "strength of the penalty on gates"),
         ("--tau", 4.0, "temperature of the softened outputs"),

@@ -43,7 +43,7 @@ class _OfUser:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The numbers of a search; defaults are those of the paper (Gu and Tresp, 2020, section 4.1).
+    """The numbers of a search; defaults are those of the paper (Gu and Tresp, 2020, section 4.1) but for ``gate_lr``.
 
     Attributes:
         mode: Which loss, divergence from the teacher (``kd``) or cross-entropy with the labels (``np``), and whether
