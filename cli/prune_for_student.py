@@ -102,7 +102,7 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
     """Add the numbers of the loss and of both optimizers."""
     group = parser.add_argument_group("numbers of the search (defaults are the paper's, but for --gate-lr)")
     for flag, default, what in (
-        ("--lambda2", 1e-3, "strength of the penalty on gates"),
+        ("--lambda2", 1e-3, "strength of the penalty on gates, at least"),
         ("--tau", 4.0, "temperature of the softened outputs"),
         ("--kl0", 0.0, "divergence that is aimed at"),
         ("--lr", 0.1, "learning rate of the weights; a tenth from the middle on, a hundredth from 85 %% on"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from morph.atomic import atomic_path
 from morph.errors import MorphError, SearchStateError
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

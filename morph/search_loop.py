@@ -28,7 +28,15 @@ from morph.search_checkpoint import load, random_states, save, set_random_states
 from morph.search_losses import kl_divergence
 from morph.search_options import GATE_MOMENTUM, SearchLoss, SearchOptions
 from morph.search_progress import Found, Keep, Progress
-from morph.search_schedule import distances, last_gates, learning_rate, needed_lambda2, order_of_closing
+from morph.search_schedule import (
+    distances,
+    last_gates,
+    learning_rate,
+    least_penalty,
+    order_of_closing,
+    paced,
+    wanted_size,
+)
 
 _ROUND = 1_000_003  # between the seeds of two rounds
 
@@ -79,7 +87,9 @@ class Search:
         self.apg = attach_gates(base, gates, weights=alpha, clamp=options.clamp, **numbers_of_gates)
         self.base, self.optimizer = base, cast(_FabricOptimizer, fabric.setup_optimizers(base))
         self.before = self.sparse()  # the sparse iterate when sizes were counted last
-        self.next_look = 0  # the step from which on the penalty is looked at again
+        self.looked = 0  # the step at which the penalty was looked at last
+        self.least = least_penalty(self.alpha, self.gate_lr, GATE_MOMENTUM, self.steps)
+        self.start = meter.size(torch.zeros(len(self.alpha), dtype=torch.bool))
         self.found = Found(lambda2=[[0, options.lambda2]], gate_lr=self.gate_lr)
 
     def sparse(self) -> Tensor:
@@ -164,8 +174,7 @@ class Search:
         met = self.meter.size(closed) <= self.target
         if not met:
             self.before = sparse
-            if self.found.step >= self.next_look:
-                self._adjust(sparse, closed)
+            self._adjust(sparse, closed)
         counts = (len(closed) - int(closed.sum()), len(closed), sizes.params, sizes.macs)
         progress = Progress(self.found.step, self.steps, float(loss), kl, *counts, self.lambda2)
         self.found.history.append(asdict(progress))
@@ -179,20 +188,18 @@ class Search:
         return float(self.apg.param_groups[0]["lambda2"])
 
     def _adjust(self, sparse: Tensor, closed: Tensor) -> None:
-        """Raise the penalty where the budget would not be met in time."""
-        rest = self.steps - self.found.step
-        self.next_look = self.found.step + max(1, min(rest // 20, self.steps // 100))
-        far = distances(sparse, self.alpha)
-        last = last_gates(far, self.meter.flat.lengths.values())
-        lr, momentum = self.gate_lr, GATE_MOMENTUM
-        needed, spares = needed_lambda2(
-            self.meter, closed, far, last, self.target, lr=lr, momentum=momentum, steps=rest
-        )
-        value = max(self.options.lambda2, needed)
+        """Raise the penalty where the network is larger than it should be by now, lower it where it is smaller."""
+        step = self.found.step
+        size, wanted = self.meter.size(closed), wanted_size(self.start, self.target, step, self.steps)
+        behind, passed = (size - wanted) / (self.start - self.target), (step - self.looked) / self.steps
+        value = max(self.options.lambda2, paced(self.lambda2, self.least, behind, passed))
+        self.looked = step
         if not math.isclose(value, self.lambda2, rel_tol=1e-3):
             for group in self.apg.param_groups:
                 group["lambda2"] = value
             self.found.lambda2.append([self.found.step, value])
+        last = last_gates(distances(sparse, self.alpha), self.meter.flat.lengths.values())
+        spares = self.meter.size(closed | ~last) <= self.target
         self._weigh(torch.where(last, self.options.lambda2 / value, 1.0) if spares and value else None)
 
     def _weigh(self, share: Tensor | None) -> None:
@@ -232,7 +239,7 @@ class Search:
         if self.fabric.is_global_zero:
             found = {key: value for key, value in vars(self.found).items() if value is not None}
             parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "found": found}
-            rest = {"alpha": self.alpha, "before": self.before, "next_look": self.next_look, "random": randoms}
+            rest = {"alpha": self.alpha, "before": self.before, "looked": self.looked, "random": randoms}
             save(self.keep.path, parts | rest, self.keep.identity)
         self.fabric.barrier()
 
@@ -244,5 +251,5 @@ class Search:
         self.optimizer.load_state_dict(state["optimizer"])
         self.alpha = state["alpha"]  # measured latencies would be others now
         self.found = Found(**state["found"])
-        self.before, self.next_look = state["before"], state["next_look"]
+        self.before, self.looked = state["before"], state["looked"]
         set_random_states(state["random"][self.fabric.global_rank])

@@ -51,8 +51,9 @@ class SearchOptions:
         weighting: What is saved: multiply-adds, parameters, activation memory or measured latency.
         tau: Temperature of the divergence.
         kl0: Where the divergence is driven to; see `morph.search_losses.DistillationLoss`.
-        lambda2: Strength of the penalty; raised on the way where the budget would not be met within ``epochs``. The
-            last tenth of the gates in front of a layer bears no more than this, unless the budget asks for it.
+        lambda2: Strength of the penalty, at least. It rises where the network is larger than it should be by then, to
+            meet the budget by four fifths of ``epochs``, and falls again where it is smaller. The last tenth of the
+            gates in front of a layer bears no more than this, unless the budget asks for it.
         gate_lr: Step size of the gates, constant; None for what `gate_step` gives.
         clamp: Keep gates from falling below zero.
         lr: Learning rate of the weights at first; a tenth from the middle on, a hundredth from 85 % on.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from morph.search_budget import Meter, close_in_order
-
 MILESTONES = (0.5, 0.85)
 """Shares of the search at which the learning rate falls by ten: epochs 150 and 255 of the paper's 300."""
 
 _LAST = 0.1  # of the gates of a site: those that close last when time is short
+_FROM, _TO = 0.1, 0.8  # shares of the search between which the network comes down to the budget
+_FAR, _FASTEST = 0.05, 20.0  # behind by this, the penalty grows by this power of e in the time of a whole search,
+_MOST = 0.5  # and by this at most from one look to the next
+_SOON = 0.3  # of the search, in which even the least penalty closes a gate that the loss does not pull
 
 
 def learning_rate(base: float, step: int, steps: int) -> float:
@@ -58,31 +61,35 @@ def order_of_closing(distance: Tensor, last: Tensor) -> Tensor:
     return order[distance[order] > 0]
 
 
-def needed_lambda2(
-    meter: Meter,
-    closed: Tensor,
-    distance: Tensor,
-    last: Tensor,
-    target: int,
-    *,
-    lr: float,
-    momentum: float,
-    steps: int,
-) -> tuple[float, bool]:
-    """The penalty with which, if the loss did not pull, enough gates would be closed after so many steps.
+def wanted_size(start: int, target: int, step: int, steps: int) -> float:
+    """The size that the network should have come down to at a step: ``start`` at first, ``target`` from `_TO` on."""
+    share = (step / steps - _FROM) / (_TO - _FROM)
+    return start + (target - start) * min(max(share, 0.0), 1.0)
 
-    Without a gradient a gate moves by ``lr lambda2 alpha / (1 - momentum)`` in a step, so those close whose distance is
-    at most ``steps lr lambda2 / (1 - momentum)``. The loss does pull: asked again and again on the way, this gives what
-    still meets the target in time.
 
-    Returns:
-        The penalty, zero if nothing has to close or not enough can; and whether the budget is met without the gates in
-        ``last``.
+def least_penalty(alpha: Tensor, lr: float, momentum: float, steps: int) -> float:
+    """The penalty that closes the costliest gate in three tenths of the search if the loss does not pull.
+
+    A gate of one moves by ``lr lambda2 alpha / (1 - momentum)`` in a step. With the paper's numbers this is 2.8e-4.
+
+    Args:
+        alpha: Weights of the gates in the penalty.
+        lr: Step size of the gates.
+        momentum: Of the gates.
+        steps: Of the whole search.
     """
-    order = order_of_closing(torch.where(closed, 0.0, distance), last)
-    number = close_in_order(meter, closed, order, target)
-    if not number:  # nothing left to close, or not enough that can be
-        return 0.0, number == 0
-    farthest = float(distance[order[:number]].max())
-    needed = farthest * (1 - momentum) / (lr * max(steps, 1)) if farthest < float("inf") else 0.0
-    return needed, not bool(last[order[:number]].any())
+    return (1 - momentum) / (lr * float(alpha.max()) * _SOON * steps)
+
+
+def paced(lambda2: float, least: float, behind: float, passed: float) -> float:
+    """The penalty from here on.
+
+    Args:
+        lambda2: That of late.
+        least: What it is at least as long as the network is too large.
+        behind: By what share of the way from the first size to the budget the network is larger than it should be;
+            below zero where it is ahead.
+        passed: Share of the search since it was looked at last.
+    """
+    power = min(_FASTEST * passed, _MOST) * min(max(behind / _FAR, -1.0), 1.0)
+    return max(lambda2, least if behind > 0 else 0.0) * math.exp(power)

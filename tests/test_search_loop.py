@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import statistics
 
 import pytest
 import torch
 from gate_nets import CountedNet, GatedNet, PlainNet, alphas, samples
 from lightning_fabric import Fabric
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +21,16 @@ from morph.search_budget import Flat, Meter, check_budget, close_in_order
 from morph.search_loop import Search
 from morph.search_options import SearchOptions
 from morph.search_progress import Keep
-from morph.search_schedule import distances, floor_of, last_gates, learning_rate, needed_lambda2, order_of_closing
+from morph.search_schedule import (
+    distances,
+    floor_of,
+    last_gates,
+    learning_rate,
+    least_penalty,
+    order_of_closing,
+    paced,
+    wanted_size,
+)
 
 X, Y = samples(48)
 FLAT = Flat({"gate": 5, "middle": 11})
@@ -102,23 +114,53 @@ def test_without_need_the_penalty_stays():
     assert found.lambda2 == [[0, 1.0]]
 
 
-def test_the_needed_penalty_closes_what_it_must_in_time():
-    """Without a loss, gates driven by it meet the target in exactly that many steps, and not ten earlier."""
+def test_the_size_comes_down_in_a_line():
+    """Nothing is asked of the first tenth; the budget is to be met by four fifths."""
+    sizes = [wanted_size(1000, 300, step, 200) for step in (0, 20, 55, 90, 160, 200)]
+    assert sizes == pytest.approx([1000, 1000, 825, 650, 300, 300])
+
+
+def test_the_penalty_follows_how_far_behind_the_size_is():
+    assert paced(0.5, 0.2, 0.0, 0.1) == 0.5
+    assert paced(0.5, 0.2, 0.01, 0.02) == pytest.approx(0.5 * math.exp(0.08))
+    assert paced(0.5, 0.2, 9.0, 0.1) == pytest.approx(0.5 * math.exp(0.5))  # no faster, however far it is behind
+    assert paced(0.5, 0.2, -0.05, 0.01) == pytest.approx(0.5 * math.exp(-0.2))
+    assert paced(0.1, 0.2, 0.01, 0.02) == pytest.approx(0.2 * math.exp(0.08))
+    assert paced(0.1, 0.2, -0.05, 0.02) == pytest.approx(0.1 * math.exp(-0.4))
+
+
+def test_the_least_penalty_closes_the_costliest_gate_in_three_tenths_of_the_search():
+    assert least_penalty(torch.tensor([0.2, 1.0]), 0.01, 0.9, 117_300) == pytest.approx(2.84e-4, rel=1e-2)
     net = GatedNet()
-    meter = Meter(CountedNet(), FLAT, "macs")
-    alpha = FLAT.join(alphas(net))
-    far = distances(torch.ones(16), alpha)
-    nothing = torch.zeros(16, dtype=torch.bool)
-    value, spares = needed_lambda2(meter, nothing, far, nothing, 40, lr=0.01, momentum=0.9, steps=500)
-    assert spares
-    apg = APG(net.gates(), 0.01, value, alphas(net), clamp=True)
+    alpha = alphas(net)
+    apg = APG(net.gates(), 0.02, least_penalty(FLAT.join(alpha), 0.02, 0.9, 2000), alpha, clamp=True)
     step = 0
-    while meter.size(FLAT.join(apg.closed())) > 40:
+    while not FLAT.join(apg.closed()).any():
         step += 1
         for gate in net.gates().values():
             gate.weight.grad = torch.zeros_like(gate.weight)
         apg.step()
-    assert 495 <= step <= 515
+    assert 590 <= step <= 620
+
+
+@pytest.mark.parametrize(("steps", "lr", "most"), [(600, 0.5, 0.2), (1200, 0.5, 0.1), (20_000, 0.05, 0.1)])
+def test_gates_that_the_loss_holds_close_along_the_line(steps, lr, most):
+    """Each is held by a spring of its own; the size stays near the one that is wanted, and the weakest close."""
+    springs = torch.logspace(-4, -1, 60)
+    gate = nn.Parameter(torch.ones(60))
+    apg = APG([gate], lr, 1e-6)
+    least = least_penalty(torch.ones(60), lr, 0.9, steps)
+    off, step = [], 0
+    while (size := int((apg.sparse(gate) != 0).sum())) > 20 and step < steps:
+        if step and step % 10 == 0:
+            off.append((size - wanted_size(60, 20, step, steps)) / 40)
+            apg.param_groups[0]["lambda2"] = paced(apg.param_groups[0]["lambda2"], least, off[-1], 10 / steps)
+        gate.grad = springs * (gate.detach() - 1)
+        apg.step()
+        step += 1
+    assert 0.7 * steps < step < 0.9 * steps
+    assert statistics.mean(map(abs, off)) < most
+    assert torch.equal(apg.sparse(gate) != 0, springs >= springs[40])
 
 
 @pytest.mark.parametrize("seed", range(5))
