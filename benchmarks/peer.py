@@ -129,28 +129,31 @@ def mend(model: nn.Module, recipe: Recipe) -> None:
         modules[0].hidden_dim = modules[0].conv_proj.out_channels
 
 
-def prune(model: nn.Module, inputs: Any, kind: str, recipe: Recipe) -> Run:
-    """Remove half of the channels by group magnitude, in place; both steps are timed.
+def build(model: nn.Module, inputs: Any, kind: str, recipe: Recipe) -> Any:
+    """The pruner that removes half of the channels by group magnitude at its next step, in place.
 
     With an empty recipe this is the README's quick start, in which only the final classifier is left whole.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    ignored = [*classifiers(model, kind), *recipe.left_whole]
+    return tp.pruner.BasePruner(
+        model,
+        first_sample(inputs),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=RATIO,
+        ignored_layers=[*classifiers(model, kind), *recipe.left_whole],
+        num_heads=recipe.num_heads,
+        output_transform=answer,
+        out_channel_groups={},
+        in_channel_groups={},
+        **recipe.options,
+    )
+
+
+def prune(model: nn.Module, inputs: Any, kind: str, recipe: Recipe) -> Run:
+    """Remove half of the channels by `build`'s pruner; both steps are timed."""
+    model.requires_grad_(True)
     with watch(model) as kept:
         start = time.perf_counter()
-        pruner = tp.pruner.BasePruner(
-            model,
-            first_sample(inputs),
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=RATIO,
-            ignored_layers=ignored,
-            num_heads=recipe.num_heads,
-            output_transform=answer,
-            out_channel_groups={},
-            in_channel_groups={},
-            **recipe.options,
-        )
+        pruner = build(model, inputs, kind, recipe)
         built = time.perf_counter()
         pruner.step()
         done = time.perf_counter()
