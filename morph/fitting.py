@@ -266,8 +266,9 @@ def _cut(
     model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
 ) -> Iterator[nn.Module]:
     """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-    with put_back(kept or Kept(named_modules(model))):
-        resize_own(model, edits)
+    kept = kept or Kept(named_modules(model))
+    with put_back(kept):
+        resize_own(model, edits, kept.modules)
         set_sizes(model, attributes)
         yield model
 
