@@ -97,11 +97,13 @@ class Fitter:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
         self.base = analysis.recording.twin or evaluating(copy_module(model))
+        kept = analysis.recording.kept
+        self.modules = kept.modules if kept is not None else named_modules(self.base)
         self.lengths: tuple[Labels, dict[int, int]] | None = None
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits)]
+        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits, self.modules)]
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
