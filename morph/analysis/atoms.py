@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 Labels = NDArray[np.int64]
 FROZEN = 0
 _FREE = np.iinfo(np.int64).max
+_AT_ONCE = 2**15  # numbers that are made ready together
 _SILENT = _FREE - 1  # pinned by becoming one with 0, for no reason of its own
 
 
@@ -34,6 +35,7 @@ class Atoms:
         self._blocks: list[Labels] = []
         self._numbers: dict[int, int] = {}  # of blocks, by the identity of the vector
         self._above: list[int] = []  # for each block one with smaller numbers that it is one with, or itself
+        self._ready: Labels = np.zeros(0, np.int64)  # the numbers of the next atoms
         self._placed = 0  # blocks that are in ``_parent``
         self._unions: list[tuple[Labels, Labels]] = []
         self._pins: list[tuple[Labels, int]] = []
@@ -41,8 +43,10 @@ class Atoms:
 
     def new(self, n: int) -> Labels:
         """``n`` new atoms."""
-        labels = np.arange(self.count, self.count + n, dtype=np.int64)
-        labels.flags.writeable = False
+        if n > len(self._ready):
+            self._ready = np.arange(self.count, self.count + max(n, _AT_ONCE), dtype=np.int64)
+            self._ready.flags.writeable = False
+        labels, self._ready = self._ready[:n], self._ready[n:]
         self.count += n
         self._numbers[id(labels)] = len(self._blocks)
         self._above.append(len(self._blocks))
@@ -155,7 +159,7 @@ class Atoms:
         roots: Labels = self._parent[start]
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if not np.count_nonzero(above != roots):
                 break
             roots = above
         self._parent[start] = roots

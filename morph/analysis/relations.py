@@ -134,6 +134,8 @@ class Reshaper:
 
     def _merged(self, tracks: list[Labels], n: int) -> Labels:
         """One label for each position, given labels of each of which the going is enough."""
+        if len(tracks) == 1:  # as it came, so that vectors that are blocks are united as such
+            return tracks[0]
         distinct: list[Labels] = []
         for track in map(self.atoms.find, tracks):
             if not any(np.array_equal(track, other) for other in distinct):
