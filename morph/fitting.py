@@ -270,7 +270,7 @@ def _cut(
     """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
     kept = kept or Kept(named_modules(model))
     with put_back(kept):
-        resize_own(model, edits, kept.modules)
+        resize_own(model, edits, kept)
         set_sizes(model, attributes)
         yield model
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import bare
+from morph.analysis.recording import Kept, bare
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.module_tree import Modules, module_at, named_modules, tensors_in
@@ -47,18 +47,17 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
     return result
 
 
-def resize_own(model: nn.Module, edits: Sequence[Resize], modules: Modules | None = None) -> None:
+def resize_own(model: nn.Module, edits: Sequence[Resize], kept: Kept | None = None) -> None:
     """Resize the tensors of a copy of our own, in place.
 
     Args:
         model: The copy.
         edits: What was made for it: at most one for each axis of each tensor.
-        modules: Its `named_modules`, if they are at hand.
+        kept: What it is now, if that is at hand.
     """
-    modules = named_modules(model) if modules is None else modules
-    tensors = dict(tensors_in(modules))
-    fresh = _new_tensors(tensors, edits)
-    for module in _holders(modules, fresh):
+    kept = Kept(named_modules(model)) if kept is None else kept
+    fresh = _new_tensors(kept.tensors, edits)
+    for module in _holders(kept.modules, fresh):
         holders: list[dict[str, Any]] = [module._parameters, module._buffers]
         for holder in holders:
             for name, tensor in holder.items():
@@ -84,10 +83,10 @@ def _new_tensors(tensors: Mapping[str, Tensor], edits: Sequence[Resize]) -> dict
     for name, some in by_tensor.items():
         old = tensors[name]
         new = resize(old.detach(), some, indices)
-        if isinstance(old, nn.Parameter):
-            if type(old) is not nn.Parameter:
-                raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
+        if type(old) is nn.Parameter:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
+        elif isinstance(old, nn.Parameter):
+            raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
         fresh[id(old)] = new
     return fresh
 

@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         recording = self.recording
         args, kwargs = arguments_of(inputs)
         for tensor in tensors_of((args, kwargs)):
-            recording.inputs.append(self._set(tensor, recording.new(tensor, input=True)))
+            recording.inputs.append(self._set(tensor, recording.new(tensor, outside=True)))
         recording.outputs = self._call(args, kwargs)
         recording.evaluated = len(recording.calls)
         return recording

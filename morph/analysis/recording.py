@@ -135,11 +135,11 @@ class Recording:
         calls = self.calls[: self.evaluated]
         return next((n for n, call in enumerate(calls) if _depends_on_values(call.target)), self.evaluated)
 
-    def new(self, tensor: Tensor, **options: Any) -> Value:
+    def new(self, tensor: Tensor, source: str = "", data: Tensor | None = None, *, outside: bool = False) -> Value:
         """Add a value for ``tensor``."""
         values = self.values
         form = (tensor.dtype, tensor.stride()) if self.traced == "data" and tensor.layout == torch.strided else ()
-        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), form=form, **options)
+        value = Value(len(values), tuple(tensor.shape), source, data, outside, tensor.is_floating_point(), form)
         values.append(value)
         return value
 
@@ -238,6 +238,11 @@ class Kept:
                 else:
                     self.empty.append(table)
 
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers by name, if the modules are what they were."""
+        return dict(tensors_in(self.modules))
+
     def put_back(self) -> None:
         """Make the modules what they were."""
         for (_, module), kind in zip(self.modules, self.kinds, strict=True):
@@ -283,7 +288,7 @@ def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = No
     """
     memo: dict[int, Any] = {}
     for _, tensor in named_tensors(model) if tensors is None else tensors:
-        if isinstance(tensor, nn.Parameter):
+        if type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter):  # the class takes long to say no
             memo[id(tensor)] = nn.Parameter(without_data(tensor), requires_grad=False)
         else:
             memo[id(tensor)] = without_data(tensor)
