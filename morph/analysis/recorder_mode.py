@@ -47,6 +47,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.whole = model, whole
         self.modules = named_modules(model)
+        self.tensors = tensors_in(self.modules)
         self.recording = Recording(traced=traced, whole=whole)
         self.stack: list[str] = [""]
         self.silent = 0
@@ -111,7 +112,7 @@ class Recorder(TorchDispatchMode):
         """Puts back what the modules are now, unless whoever runs the model does so."""
         if not self.puts_back:
             return nullcontext()
-        kept = Kept(self.modules)
+        kept = Kept(self.modules, self.tensors)
         self.kept = self.kept or kept
         return put_back(kept)
 
@@ -144,7 +145,7 @@ class Recorder(TorchDispatchMode):
         return True
 
     def _name_tensors(self) -> None:
-        for name, tensor in tensors_in(self.modules):
+        for name, tensor in self.tensors:
             value = self._set(tensor, self.recording.new(tensor, source=name))
             self.recording.sources[name] = value
             if tensor.layout == torch.strided and tensor.numel():

@@ -221,10 +221,13 @@ class Kept:
 
     Args:
         modules: The `named_modules` of a model.
+        tensors: Their parameters and buffers, if they are at hand.
     """
 
-    def __init__(self, modules: Modules) -> None:
+    def __init__(self, modules: Modules, tensors: Sequence[tuple[str, Tensor]] | None = None) -> None:
         self.modules = modules
+        self.tensors = dict(tensors_in(modules) if tensors is None else tensors)
+        self.lent = False
         self.kinds = [type(module) for _, module in self.modules]
         self.filled: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of it
         self.empty: list[dict[str, Any]] = []
@@ -238,11 +241,6 @@ class Kept:
                 else:
                     self.empty.append(table)
 
-    @functools.cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers by name, if the modules are what they were."""
-        return dict(tensors_in(self.modules))
-
     def put_back(self) -> None:
         """Make the modules what they were."""
         for (_, module), kind in zip(self.modules, self.kinds, strict=True):
@@ -255,6 +253,7 @@ class Kept:
         for table in self.empty:
             if table:
                 table.clear()
+        self.lent = False
 
 
 @contextmanager
@@ -271,6 +270,21 @@ def put_back(kept: Kept) -> Iterator[None]:
         yield
     finally:
         kept.put_back()
+        forget_tensors(kept.kinds)
+
+
+@contextmanager
+def lent(kept: Kept) -> Iterator[None]:
+    """As `put_back`, but whoever wants the modules next puts them back: most are tried once, and wanted by nobody.
+
+    Args:
+        kept: What they are now.
+    """
+    forget_tensors(kept.kinds)
+    kept.lent = True
+    try:
+        yield
+    finally:
         forget_tensors(kept.kinds)
 
 
