@@ -37,6 +37,8 @@ class Atoms:
         self._above: list[int] = []  # for each block one with smaller numbers that it is one with, or itself
         self._ready: Labels = np.zeros(0, np.int64)  # the numbers of the next atoms
         self._placed = 0  # blocks that are in ``_parent``
+        self._pinned: set[int] = set()  # first blocks of which something may be pinned
+        self._whole = True  # whether only whole blocks have been made one or pinned so far
         self._unions: list[tuple[Labels, Labels]] = []
         self._pins: list[tuple[Labels, int]] = []
         self.count = 1
@@ -70,19 +72,35 @@ class Atoms:
         if low > high:
             low, high = high, low
         if low < 0:
-            if left.any() or right.any():  # else both are frozen, as those of a mask that is written into many times
+            free = left.any(), right.any()
+            if any(free):  # else both are frozen, as those of a mask that is written into many times
                 self._unions.append((left, right))
+                if high >= 0 and not all(free):
+                    self._pinned.add(high)
+                else:
+                    self._whole = False
         elif low != high:
             self._above[high] = low
+            if high in self._pinned:
+                self._pinned.add(low)
             if high < self._placed:
                 self._unions.append((self._blocks[high], self._blocks[low]))
 
     def pin(self, labels: Labels, number: int) -> None:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
         self._pins.append((labels, number))
+        block = self.block(labels)
+        if block >= 0:
+            self._pinned.add(block)
+        else:
+            self._whole = False
 
     def find(self, labels: ArrayLike | slice) -> Labels:
         """The representative of each label, its own copy; 0 for what is pinned."""
+        if self._whole and isinstance(labels, np.ndarray):
+            block = self.block(labels)
+            if block >= 0 and block not in self._pinned:  # known without doing what was kept
+                return self._blocks[block].copy()
         self._settle()
         roots = self._root(labels if isinstance(labels, slice) else np.asarray(labels, np.int64))
         return np.where(self._pin[roots] == _FREE, roots, 0)
