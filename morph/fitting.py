@@ -19,7 +19,7 @@ from morph.analysis.following import floats_in, follows, same_data, to_follow
 from morph.analysis.group_counts import group_counts, new_groups
 from morph.analysis.picking import takes_the_same
 from morph.analysis.recorder import rerun
-from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, lent, named_modules, put_back
+from morph.analysis.recording import Call, Inputs, Kept, Value, evaluating, named_modules, put_back
 from morph.analysis.tags import operator_name, values_in
 from morph.copying import copy_module
 from morph.heads import SizeEdit, attention_edits, set_sizes
@@ -96,16 +96,9 @@ class Fitter:
     def __init__(self, model: nn.Module, inputs: Inputs, analysis: Analysis) -> None:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
-        self._base = analysis.recording.twin or evaluating(copy_module(model))
-        self.kept = analysis.recording.kept or Kept(named_modules(self._base))
+        self.base = analysis.recording.twin or evaluating(copy_module(model))
+        self.kept = analysis.recording.kept or Kept(named_modules(self.base))
         self.lengths: tuple[Labels, dict[int, int]] | None = None
-
-    @property
-    def base(self) -> nn.Module:
-        """The copy that is cut, as it was before any trial."""
-        if self.kept.lent:
-            self.kept.put_back()
-        return self._base
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
@@ -274,17 +267,10 @@ class Fitter:
 def _cut(
     model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
 ) -> Iterator[nn.Module]:
-    """A copy of our own with other sizes.
-
-    Args:
-        model: The copy.
-        edits: The sizes of its tensors.
-        attributes: Those that its code keeps.
-        kept: What it is now, if whoever wants it next puts it back; else that is done here.
-    """
-    here = Kept(named_modules(model)) if kept is None else kept
-    with put_back(here) if kept is None else lent(here):
-        resize_own(model, edits, here)
+    """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
+    kept = kept or Kept(named_modules(model))
+    with put_back(kept):
+        resize_own(model, edits, kept)
         set_sizes(model, attributes)
         yield model
 

@@ -227,7 +227,6 @@ class Kept:
     def __init__(self, modules: Modules, tensors: Sequence[tuple[str, Tensor]] | None = None) -> None:
         self.modules = modules
         self.tensors = dict(tensors_in(modules) if tensors is None else tensors)
-        self.lent = False
         self.kinds = [type(module) for _, module in self.modules]
         self.filled: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of it
         self.empty: list[dict[str, Any]] = []
@@ -253,7 +252,6 @@ class Kept:
         for table in self.empty:
             if table:
                 table.clear()
-        self.lent = False
 
 
 @contextmanager
@@ -270,21 +268,6 @@ def put_back(kept: Kept) -> Iterator[None]:
         yield
     finally:
         kept.put_back()
-        forget_tensors(kept.kinds)
-
-
-@contextmanager
-def lent(kept: Kept) -> Iterator[None]:
-    """As `put_back`, but whoever wants the modules next puts them back: most are tried once, and wanted by nobody.
-
-    Args:
-        kept: What they are now.
-    """
-    forget_tensors(kept.kinds)
-    kept.lent = True
-    try:
-        yield
-    finally:
         forget_tensors(kept.kinds)
 
 
