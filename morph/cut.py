@@ -74,11 +74,14 @@ def _batches(edits: tuple[Edit, ...]) -> Iterator[list[Any]]:
     """Neighbouring edits of one kind; a second edit of the same axis, such as that of a later step, begins anew."""
     batch: list[Any] = []
     axes: set[tuple[str, int]] = set()
+    present: type | None = None
     for edit in edits:
+        kind = _kind(edit)
         axis = (edit.tensor, edit.axis) if isinstance(edit, Resize) else ("", len(axes))
-        if batch and (_kind(edit) is not _kind(batch[0]) or axis in axes):
+        if batch and (kind is not present or axis in axes):
             yield batch
             batch, axes = [], set()
+        present = kind
         batch.append(edit)
         axes.add(axis)
     if batch:

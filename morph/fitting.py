@@ -97,11 +97,12 @@ class Fitter:
         self.inputs, self.analysis = inputs, analysis
         self.traced = analysis.traced
         self.base = analysis.recording.twin or evaluating(copy_module(model))
+        self.kept = analysis.recording.kept or Kept(named_modules(self.base))
         self.lengths: tuple[Labels, dict[int, int]] | None = None
 
     def fit(self, edits: Sequence[Resize], times: Labels) -> Fit:
         """Find the attributes with which the class itself carries the new sizes."""
-        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits)]
+        chosen = [*new_groups(self.base, self.analysis, times), *attention_edits(self.base, edits, self.kept.modules)]
         misfit = self._try(edits, chosen, times)
         tried: set[tuple[type, str]] = set()
         while misfit is not None and len(tried) < _TRIES:
@@ -122,11 +123,12 @@ class Fitter:
         recorded = self.analysis.recording
         settled = recorded.settled
         if (bare := to_follow(recorded)) is not None:
-            with _cut(bare, edits, attributes, recorded.kept if bare is recorded.twin else None) as cut:
+            own = bare is recorded.twin
+            with _cut(self.base if own else bare, edits, attributes, self.kept if own else None) as cut:
                 shape, takes = partial(self.shape, times=times), partial(self._takes, times=times)
                 if follows(cut, self.inputs, recorded, shape, takes):
                     return None
-        with _cut(self.base, edits, attributes, recorded.kept) as cut:
+        with _cut(self.base, edits, attributes, self.kept) as cut:
             recording, path, error = rerun(cut, self.inputs, self.traced, recorded.whole)
         expected = recorded.calls[:settled]
         at = start = begun = 0
@@ -266,8 +268,9 @@ def _cut(
     model: nn.Module, edits: Sequence[Resize], attributes: Sequence[SizeEdit], kept: Kept | None
 ) -> Iterator[nn.Module]:
     """A copy of our own with other sizes; afterwards it is what it was, whatever a run has changed in its modules."""
-    with put_back(kept or Kept(named_modules(model))):
-        resize_own(model, edits)
+    kept = kept or Kept(named_modules(model))
+    with put_back(kept):
+        resize_own(model, edits, kept)
         set_sizes(model, attributes)
         yield model
 

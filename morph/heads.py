@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from morph.analysis.recording import named_modules, named_tensors
+from morph.analysis.recording import Modules, named_modules, tensors_in
 from morph.attention import FreeMultiheadAttention
 from morph.errors import PlanMismatchError
 from morph.plan import FreeAttention, Resize, SetAttribute
@@ -21,7 +21,7 @@ _Index = NDArray[np.int64]
 _Kept = Callable[[Tensor, int], _Index]  # a tensor and an axis: for each position afterwards, where it comes from
 
 
-def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]:
+def attention_edits(model: nn.Module, edits: Sequence[Resize], modules: Modules | None = None) -> list[SizeEdit]:
     """What attention needs for new sizes, found from the sizes alone.
 
     A module stays what it is where heads times head size is still its width and the head size has not changed; any
@@ -31,20 +31,22 @@ def attention_edits(model: nn.Module, edits: Sequence[Resize]) -> list[SizeEdit]
     Args:
         model: The model before; not touched.
         edits: The resized tensors.
+        modules: Its `named_modules`, if they are at hand.
     """
     found: list[SizeEdit] = []
     known = _classes()
-    modules: list[tuple[str, Any]] = [(p, m) for p, m in named_modules(model) if type(m) in known]
-    if not modules:
+    everything = named_modules(model) if modules is None else modules
+    layers: list[tuple[str, Any]] = [(p, m) for p, m in everything if type(m) in known]
+    if not layers:
         return found
-    names = {id(tensor): name for name, tensor in named_tensors(model)}
+    names = {id(tensor): name for name, tensor in tensors_in(everything)}
     index = {(edit.tensor, edit.axis): edit.index for edit in edits}
     resized = {edit.tensor for edit in edits}
 
     def kept(tensor: Tensor, axis: int) -> _Index:
         return np.array(index.get((names[id(tensor)], axis), range(tensor.shape[axis])), np.int64)
 
-    for path, module in modules:
+    for path, module in layers:
         weights = _weights(module)
         if not all(id(w) in names for w in weights):
             continue

@@ -15,7 +15,7 @@ from morph.analysis import Analysis, Sizes, analyse, count_sizes
 from morph.analysis.recording import Inputs, arguments_of, named_modules, tensors_of
 from morph.carriers import Form
 from morph.couplings import Choice, Coupling
-from morph.errors import MorphError, ProbeError, TargetError
+from morph.errors import MorphError, TargetError
 from morph.garbage import uncollected
 from morph.model_config import with_config
 from morph.plan import Check, Edit, Plan, Record
@@ -195,7 +195,6 @@ class _Cutter:
             for c in choose_families(list(analysis.couplings.values()), asked.heads)
             if not matches(c, asked.ignore) and (asked.score not in GRADIENT or analysis.runs(c))
         ]
-        require_values(model, asked.score)
         scores = score_units(
             model, couplings, asked.score, inputs=self.inputs, data=self.data, loss=self.loss, seed=asked.seed
         )
@@ -290,19 +289,6 @@ def on_meta(model: nn.Module) -> bool:
     """Whether a parameter has no data."""
     held = (module._parameters.values() for _, module in named_modules(model))
     return any(p is not None and p.is_meta for parameters in held for p in parameters)
-
-
-def require_values(model: nn.Module, score: Score) -> None:
-    """Refuse scores that look at weights where there are none.
-
-    Raises:
-        ProbeError: If the model is on the meta device and the score is neither random nor the user's own.
-    """
-    if on_meta(model) and score != "random" and not callable(score):
-        raise ProbeError(
-            f"the score {score!r} looks at weights, and the model has none (meta device); take score='random' or a "
-            f"function of your own"
-        )
 
 
 def _options(asked: Request) -> dict[str, Any]:

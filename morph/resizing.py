@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from morph.analysis.recording import bare
+from morph.analysis.recording import Kept, bare
 from morph.copying import copy_module
 from morph.errors import EditError, PlanMismatchError
 from morph.module_tree import Modules, module_at, named_modules, tensors_in
@@ -32,39 +32,50 @@ def resized(model: nn.Module, edits: Sequence[Resize]) -> nn.Module:
         PlanMismatchError: If a tensor is missing or of another size; all are counted, the first named.
         EditError: If the model cannot be copied.
     """
-    fresh = _new_tensors(named_modules(model), edits)
+    modules = named_modules(model)
+    tensors = dict(tensors_in(modules))
+    _check_fit(tensors, edits)
+    fresh = _new_tensors(tensors, edits)
+    memo: dict[int, Any] = dict(fresh)
     try:
-        result = copy_module(model, dict(fresh))
+        result = copy_module(model, memo)
     except Exception as error:
         raise EditError(f"{type(model).__name__} cannot be copied: {error}") from error
-    new = {id(t) for t in fresh.values()}
-    for _, module in named_modules(result):
-        if any(id(t) in new for t in [*module._parameters.values(), *module._buffers.values()]):
-            _tell(module)
+    for module in _holders(modules, fresh):
+        if isinstance(copied := memo.get(id(module)), nn.Module):
+            _tell(copied)
     return result
 
 
-def resize_own(model: nn.Module, edits: Sequence[Resize]) -> None:
-    """Resize the tensors of a copy of our own, in place; errors as for `resized`."""
-    modules = named_modules(model)
-    fresh = _new_tensors(modules, edits)
-    for _, module in modules:
+def resize_own(model: nn.Module, edits: Sequence[Resize], kept: Kept | None = None) -> None:
+    """Resize the tensors of a copy of our own, in place.
+
+    Args:
+        model: The copy.
+        edits: What was made for it: at most one for each axis of each tensor.
+        kept: What it is now, if that is at hand.
+    """
+    kept = Kept(named_modules(model)) if kept is None else kept
+    fresh = _new_tensors(kept.tensors, edits)
+    for module in _holders(kept.modules, fresh):
         holders: list[dict[str, Any]] = [module._parameters, module._buffers]
-        changed = [(holder, name) for holder in holders for name, t in holder.items() if id(t) in fresh]
-        for holder, name in changed:
-            holder[name] = fresh[id(holder[name])]
-        if changed:
-            _tell(module)
+        for holder in holders:
+            for name, tensor in holder.items():
+                if id(tensor) in fresh:
+                    holder[name] = fresh[id(tensor)]
+        _tell(module)
 
 
-def _new_tensors(modules: Modules, edits: Sequence[Resize]) -> dict[int, Tensor]:
+def _holders(modules: Modules, tensors: Mapping[int, Tensor]) -> list[nn.Module]:
+    """The modules that hold one of some tensors, given by their identity."""
+    known = tensors.keys()
+    held = [(module, [*module._parameters.values(), *module._buffers.values()]) for _, module in modules]
+    return [module for module, some in held if some and not known.isdisjoint(map(id, some))]
+
+
+def _new_tensors(tensors: Mapping[str, Tensor], edits: Sequence[Resize]) -> dict[int, Tensor]:
     """The resized tensor for each tensor, by the identity of the old one."""
-    tensors = dict(tensors_in(modules))
-    indices: dict[int, Tensor] = {}  # most edits share theirs
-    for edit in edits:
-        if id(edit.index) not in indices:
-            indices[id(edit.index)] = positions(edit)
-    _check_fit(tensors, edits, indices)
+    indices: dict[int, Tensor] = {}
     by_tensor: dict[str, list[Resize]] = collections.defaultdict(list)
     for edit in edits:
         by_tensor[edit.tensor].append(edit)
@@ -72,33 +83,37 @@ def _new_tensors(modules: Modules, edits: Sequence[Resize]) -> dict[int, Tensor]
     for name, some in by_tensor.items():
         old = tensors[name]
         new = resize(old.detach(), some, indices)
-        if isinstance(old, nn.Parameter):
-            if type(old) is not nn.Parameter:
-                raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
+        if type(old) is nn.Parameter:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
+        elif isinstance(old, nn.Parameter):
+            raise EditError(f"{name} is a {type(old).__name__}, not a plain parameter, and cannot be resized")
         fresh[id(old)] = new
     return fresh
 
 
-def positions(edit: Resize) -> Tensor:
-    """The old positions that stay, on the CPU."""
-    return torch.from_numpy(np.array(edit.index, np.int64))
+def _positions(edit: Resize, known: dict[int, Tensor]) -> Tensor:
+    """The old positions that stay, on the CPU; ``known`` are those of other edits, by the identity of their index."""
+    found = known.get(id(edit.index))
+    if found is None:
+        found = known[id(edit.index)] = torch.from_numpy(np.array(edit.index, np.int64))
+    return found
 
 
-def resize(tensor: Tensor, edits: Sequence[Resize], indices: Mapping[int, Tensor] | None = None) -> Tensor:
+def resize(tensor: Tensor, edits: Sequence[Resize], indices: dict[int, Tensor] | None = None) -> Tensor:
     """Apply the edits of one tensor, axis by axis; the memory layout stays.
 
     Args:
         tensor: Not touched.
         edits: Not two of one axis.
-        indices: The `positions` of each edit, by the identity of its index, if they are at hand.
+        indices: Positions by the identity of the index that they were made from: most edits share theirs.
     """
     if tensor.is_meta:
         shape = list(tensor.shape)
         for edit in edits:
             shape[edit.axis] = len(edit.index)
         return bare(shape, tensor.dtype)
-    known = {e.axis: positions(e) if indices is None else indices[id(e.index)] for e in edits}
+    indices = {} if indices is None else indices
+    known = {e.axis: _positions(e, indices) for e in edits}
     if not tensor.is_cpu:
         known = {axis: index.to(tensor.device) for axis, index in known.items()}
     result = _selected(tensor, known)
@@ -170,12 +185,14 @@ def set_config(model: nn.Module, edits: Sequence[SetConfig]) -> None:
         setattr(owner, name, edit.new)
 
 
-def _check_fit(tensors: dict[str, Tensor], edits: Sequence[Resize], indices: Mapping[int, Tensor]) -> None:
+def _check_fit(tensors: Mapping[str, Tensor], edits: Sequence[Resize]) -> None:
     """Compare what the edits expect with what the model has."""
     wrong = []
     done = 0
-    highest = {key: int(index.numpy().max(initial=-1)) for key, index in indices.items()}
+    highest: dict[int, int] = {}  # most edits share their index
     for edit in edits:
+        if id(edit.index) not in highest:
+            highest[id(edit.index)] = max(edit.index, default=-1)
         tensor = tensors.get(edit.tensor)
         size = tensor.shape[edit.axis] if tensor is not None and edit.axis < tensor.dim() else None
         if size != edit.size or (size is not None and highest[id(edit.index)] >= size):
@@ -216,12 +233,12 @@ def _tell(module: nn.Module) -> None:
         else:
             sizes = {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
         vars(module).update(sizes)  # they are plain numbers; a module looks at whatever else is set
+    elif isinstance(module, _NormBase):
+        vars(module)["num_features"] = shape[0]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape[0], shape[1]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(shape)
-    elif isinstance(module, _NormBase):
-        vars(module)["num_features"] = shape[0]
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = shape[0]
     elif isinstance(module, nn.Embedding):

@@ -109,8 +109,10 @@ def choose_units(
     return fixed
 
 
-def matches(coupling: Coupling, patterns: Iterable[str]) -> bool:
+def matches(coupling: Coupling, patterns: Sequence[str]) -> bool:
     """Whether a shell pattern fits the name of a coupling or of one of its tensors; a name fits itself."""
+    if not patterns:
+        return False
     names = {coupling.name, *(place.tensor for place in coupling.places)}
     return any(p in names or any(fnmatch.fnmatchcase(name, p) for name in names) for p in patterns)
 

@@ -64,21 +64,29 @@ def score_units(
         For each coupling, by name: float64 ``[units]``, finite, on the CPU.
 
     Raises:
-        ProbeError: If a coupling cannot be scored that way, or a score is not finite; names it.
+        ProbeError: If a coupling cannot be scored that way, or a score is not finite; names it. If the model is on the
+            meta device and the score is neither random nor the user's own.
         DataError: If a batch is not a pair.
     """
     found = list(couplings.values() if isinstance(couplings, Mapping) else couplings)
     if callable(score):
         scores = {c.name: _called(score, model, c) for c in found}
     elif score in ("l1", "l2"):
-        scores = _magnitudes(model, found, 1 if score == "l1" else 2)
+        scores = _magnitudes(_parameters_of(model, score), found, 1 if score == "l1" else 2)
     elif score == "bn":
-        scores = _batch_norm_scales(model, found)
+        scores = _batch_norm_scales(model, _parameters_of(model, score), found)
     elif score == "random":
         generator = torch.Generator().manual_seed(seed)
         scores = {c.name: torch.rand(c.units, generator=generator, dtype=torch.float64) for c in found}
     elif score in ("taylor", "fisher"):
-        scores = _by_gradient(model, found, score, _batches(score, inputs, data, loss), loss or cross_entropy)
+        scores = _by_gradient(
+            model,
+            _parameters_of(model, score),
+            found,
+            score,
+            _batches(score, inputs, data, loss),
+            loss or cross_entropy,
+        )
     else:
         raise ProbeError(f"score {score!r} is not one of {', '.join(get_args(ScoreName))}, nor a callable")
     if scores and not torch.cat(list(scores.values())).isfinite().all():
@@ -87,9 +95,19 @@ def score_units(
     return scores
 
 
-def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict[str, Tensor]:
-    """Mean over places of the sum of ``|w|**p``, over its mean."""
+def _parameters_of(model: nn.Module, score: str) -> dict[str, Tensor]:
+    """The parameters of a model by name, if they have data to look at."""
     parameters = dict(named_tensors(model, ("_parameters",)))
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ProbeError(
+            f"the score {score!r} looks at weights, and the model has none (meta device); take score='random' or a "
+            f"function of your own"
+        )
+    return parameters
+
+
+def _magnitudes(parameters: Mapping[str, Tensor], couplings: Sequence[Coupling], p: int) -> dict[str, Tensor]:
+    """Mean over places of the sum of ``|w|**p``, over its mean."""
     places_of = {}
     for coupling in couplings:
         places = parameter_places(coupling, parameters)
@@ -114,10 +132,14 @@ def _magnitudes(model: nn.Module, couplings: Sequence[Coupling], p: int) -> dict
 
 
 def _by_gradient(
-    model: nn.Module, couplings: Sequence[Coupling], score: str, batches: Iterable[Batch], loss: Loss
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    couplings: Sequence[Coupling],
+    score: str,
+    batches: Iterable[Batch],
+    loss: Loss,
 ) -> dict[str, Tensor]:
     """Taylor or Fisher scores; ones where there is no parameter."""
-    parameters = dict(model.named_parameters())
     judged = [c for c in couplings if parameter_places(c, parameters)]
     found = (taylor_scores if score == "taylor" else fisher_scores)(model, judged, batches, loss) if judged else {}
     return {c.name: found.get(c.name, torch.ones(c.units, dtype=torch.float64)) for c in couplings}
@@ -171,9 +193,10 @@ def _is_bias(name: str) -> bool:
     return last == "bias" or last.endswith("_bias") or last.startswith("bias_")
 
 
-def _batch_norm_scales(model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, Tensor]:
+def _batch_norm_scales(
+    model: nn.Module, parameters: Mapping[str, Tensor], couplings: Sequence[Coupling]
+) -> dict[str, Tensor]:
     """Mean of ``|gamma|`` over the BatchNorm weights that each unit lies on."""
-    parameters = dict(model.named_parameters())
     scales = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
     places = {c.name: [p for p in parameter_places(c, parameters) if p.tensor in scales] for c in couplings}
     without = [name for name, found in places.items() if not found]

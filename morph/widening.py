@@ -19,7 +19,7 @@ from morph.errors import EditError, NothingToGrowError, TargetError
 from morph.model_config import with_config
 from morph.noise import noise_on_copies
 from morph.plan import Check, Plan, Record, Resize
-from morph.pruning import batch_of, on_meta, require_values
+from morph.pruning import batch_of, on_meta
 from morph.selection import matches
 from morph.surgery import NOISE, Result, environment, moved_by_noise
 from morph.unit_scores import GRADIENT, Score, score_units
@@ -94,7 +94,6 @@ def widen(
 
     def carried(*, with_data: bool) -> tuple[_Policy, float, tuple[Widened, tuple[Check, ...], list[LeftWhole]]]:
         analysis = analyse(model, example_inputs, with_data=with_data)
-        require_values(model, score)
         runs = [c for c in analysis.couplings.values() if score not in GRADIENT or analysis.runs(c)]
         wanted = [c for c in runs if not matches(c, ignore)]
         scores = score_units(model, wanted, score, inputs=example_inputs, data=data, loss=loss, seed=seed)

@@ -404,6 +404,36 @@ def test_atoms_against_a_slow_union_find():
     assert atoms.pinned_by(np.array([atoms.count - 1])).tolist() == [-1]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_is_known_of_whole_vectors_is_known_at_any_time(mixed):
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        atoms, blocks, above = Atoms(), [], [0]
+
+        def root(i, above=above):
+            return i if above[i] == i else root(above[i])
+
+        for turn in range(40):
+            blocks.append(atoms.new(4))
+            above += blocks[-1].tolist()
+            a, b, c = (blocks[int(k)] for k in generator.integers(0, len(blocks), 3))
+            what = int(generator.integers(0, 12))
+            if what == 0:
+                atoms.pin(a, turn)
+            b = np.zeros(4, np.int64) if what < 2 else b
+            if mixed and turn == 25:
+                a, b = a[:2], b[2:]
+            if what > 0:
+                atoms.union(*((a, b) if what % 2 else (b, a)))
+            for i, j in zip(a.tolist(), b.tolist(), strict=True):
+                low, high = sorted((root(i), root(j)))
+                above[high] = low
+            for labels in (a, b, c):
+                assert atoms.find(labels).tolist() == [root(i) for i in labels.tolist()]
+        assert atoms.roots().tolist() == [root(i) for i in range(len(above))]
+        assert 0 < sum(root(i) == 0 for i in range(len(above))) < len(above)
+
+
 def test_atoms_of_whole_vectors_against_a_slow_union_find():
     generator = np.random.default_rng(0)
     for _ in range(20):

@@ -30,6 +30,13 @@ LAYERS = {
     "sigmoid": (nn.Sigmoid(), (2, 3)),
     "tanh": (nn.Tanh(), (2, 3)),
     "gelu": (nn.GELU(), (2, 3)),
+    "global pool": (nn.AdaptiveAvgPool2d(1), (2, 3, 5, 4)),
+    "global pool of two": (nn.AdaptiveAvgPool2d((1, 1)), (2, 1, 1, 1)),
+    "max pool": (nn.MaxPool2d(3, 2, 1), (2, 3, 8, 7)),
+    "max pool by its kernel": (nn.MaxPool2d((2, 3)), (2, 3, 8, 7)),
+    "max pool, dilated": (nn.MaxPool2d(2, 1, 0, dilation=2), (2, 3, 8, 7)),
+    "max pool, rounded up": (nn.MaxPool2d(3, 2, ceil_mode=True), (2, 3, 8, 7)),
+    "max pool, not behind the end": (nn.MaxPool2d(2, 3, 1, ceil_mode=True), (2, 3, 8, 9)),
     "gelu by tanh": (nn.GELU("tanh"), (2, 3)),
 }
 
@@ -91,6 +98,12 @@ def test_what_is_not_plain_is_left_to_the_layer():
     assert quick_forward(nn.Conv2d(3, 4, 3, padding="same"), own, write) is None
     assert quick_forward(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), own, write) is None
     assert quick_forward(nn.Softmax(1), own, write) is None
+    assert quick_forward(nn.AdaptiveAvgPool2d(2), own, write) is None
+    assert quick_forward(nn.MaxPool2d(2, return_indices=True), own, write) is None
+    assert quick_forward(nn.MaxPool2d(9), own, write)(image) == "own"
+    assert quick_forward(nn.MaxPool2d(2, padding=2), own, write)(image) == "own"
+    assert quick_forward(nn.MaxPool2d(2), own, write)(image[0]) == "own"
+    assert quick_forward(nn.AdaptiveAvgPool2d(1), own, write)(image.int()) == "own"
     hooked = nn.Linear(3, 4)
     hooked.register_forward_hook(lambda *_: None)
     assert quick_forward(hooked, own, write) is None

@@ -29,3 +29,20 @@ def test_positions_of_all_axes_one_after_the_other(shape, layout):
         assert torch.equal(got, expected)
         assert got.is_contiguous(memory_format=layout)
         assert not got.numel() or got.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+def test_positions_of_large_tensors_of_every_type(dtype, axes):
+    generator = torch.Generator().manual_seed(len(axes))
+    tensor = torch.randn(500, 300, 3, generator=generator).mul(9).to(dtype)
+    expected, edits = tensor, []
+    for axis in axes:
+        index = torch.randperm(tensor.shape[axis], generator=generator)[: tensor.shape[axis] * 2 // 3]
+        edits.append(Resize("x", axis, tensor.shape[axis], tuple(index.tolist())))
+        expected = expected[(slice(None),) * axis + (index,)]
+    got = resize(tensor, edits)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+    for memory in (got.untyped_storage(), tensor.untyped_storage()):  # torch's own, as it was
+        assert memory.resizable()

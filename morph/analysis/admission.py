@@ -47,9 +47,10 @@ def _obstacle(module: nn.Module) -> str:
         for name, parameter in table.items():
             if parameter is not None and is_lazy(parameter):
                 return f"has no shape for {name} yet; run the model once on the inputs, so that lazy modules get theirs"
-    for name, value in vars(module).items():
+    special = [(name, value) for name, value in vars(module).items() if type(value) not in _PLAIN]
+    for name, value in special:
         kind = type(value)
-        if kind in _PLAIN or (kind in _CONTAINERS and not value) or value is module._modules:  # nearly all attributes
+        if (kind in _CONTAINERS and not value) or value is module._modules:
             continue
         if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
             return (

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 Labels = NDArray[np.int64]
 FROZEN = 0
 _FREE = np.iinfo(np.int64).max
+_AT_ONCE = 2**15  # numbers that are made ready together
 _SILENT = _FREE - 1  # pinned by becoming one with 0, for no reason of its own
 
 
@@ -34,15 +35,20 @@ class Atoms:
         self._blocks: list[Labels] = []
         self._numbers: dict[int, int] = {}  # of blocks, by the identity of the vector
         self._above: list[int] = []  # for each block one with smaller numbers that it is one with, or itself
+        self._ready: Labels = np.zeros(0, np.int64)  # the numbers of the next atoms
         self._placed = 0  # blocks that are in ``_parent``
+        self._pinned: set[int] = set()  # first blocks of which something may be pinned
+        self._whole = True  # whether only whole blocks have been made one or pinned so far
         self._unions: list[tuple[Labels, Labels]] = []
         self._pins: list[tuple[Labels, int]] = []
         self.count = 1
 
     def new(self, n: int) -> Labels:
         """``n`` new atoms."""
-        labels = np.arange(self.count, self.count + n, dtype=np.int64)
-        labels.flags.writeable = False
+        if n > len(self._ready):
+            self._ready = np.arange(self.count, self.count + max(n, _AT_ONCE), dtype=np.int64)
+            self._ready.flags.writeable = False
+        labels, self._ready = self._ready[:n], self._ready[n:]
         self.count += n
         self._numbers[id(labels)] = len(self._blocks)
         self._above.append(len(self._blocks))
@@ -66,19 +72,35 @@ class Atoms:
         if low > high:
             low, high = high, low
         if low < 0:
-            if left.any() or right.any():  # else both are frozen, as those of a mask that is written into many times
+            free = left.any(), right.any()
+            if any(free):  # else both are frozen, as those of a mask that is written into many times
                 self._unions.append((left, right))
+                if high >= 0 and not all(free):
+                    self._pinned.add(high)
+                else:
+                    self._whole = False
         elif low != high:
             self._above[high] = low
+            if high in self._pinned:
+                self._pinned.add(low)
             if high < self._placed:
                 self._unions.append((self._blocks[high], self._blocks[low]))
 
     def pin(self, labels: Labels, number: int) -> None:
         """Make labels one with 0, for the reason of that number; of several reasons the lowest number counts."""
         self._pins.append((labels, number))
+        block = self.block(labels)
+        if block >= 0:
+            self._pinned.add(block)
+        else:
+            self._whole = False
 
     def find(self, labels: ArrayLike | slice) -> Labels:
         """The representative of each label, its own copy; 0 for what is pinned."""
+        if self._whole and isinstance(labels, np.ndarray):
+            block = self.block(labels)
+            if block >= 0 and block not in self._pinned:  # known without doing what was kept
+                return self._blocks[block].copy()
         self._settle()
         roots = self._root(labels if isinstance(labels, slice) else np.asarray(labels, np.int64))
         return np.where(self._pin[roots] == _FREE, roots, 0)
@@ -155,7 +177,7 @@ class Atoms:
         roots: Labels = self._parent[start]
         while True:
             above = self._parent[roots]
-            if (above == roots).all():
+            if not np.count_nonzero(above != roots):
                 break
             roots = above
         self._parent[start] = roots

@@ -41,8 +41,10 @@ def without_kept(model: nn.Module) -> nn.Module:
 
     Those that keep such tensors empty them when training begins (LeViT); their flags are as they were afterwards.
     """
-    flags = [(module, module.training) for _, module in named_modules(model)]
-    if any(type(module).train is not nn.Module.train for module, _ in flags):
+    modules = [module for _, module in named_modules(model)]
+    kinds: set[type[nn.Module]] = set(map(type, modules))
+    if any(kind.train is not nn.Module.train for kind in kinds):
+        flags = [(module, module.training) for module in modules]
         was = model.training
         model.train()
         model.train(was)

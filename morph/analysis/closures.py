@@ -78,9 +78,9 @@ class _Reach:
             self.factors[start : start + factors.shape[1], : len(factors)] = factors.T
         row, column = np.nonzero(self.factors)
         pairs = distinct_columns(np.stack([self.factors[row, column], rows.wholes[row]]))
-        self.above = _Lists(pairs[0], pairs[1], count)
+        self.above = Lists(pairs[0], pairs[1], count)
         order = np.argsort(rows.wholes, kind="stable")
-        self.rows = _Lists(rows.wholes[order], order, count)
+        self.rows = Lists(rows.wholes[order], order, count)
 
     def components(self, seeds: Labels) -> dict[int, Labels]:
         """The closed sets of those seeds for which it is all that hangs together by innermost factors.
@@ -146,7 +146,7 @@ class _Reach:
         return [sets[n] for n in fine], seeds[choice & ~frozen]
 
 
-class _Lists:
+class Lists:
     """Several numbers for each label.
 
     Args:
@@ -157,12 +157,15 @@ class _Lists:
 
     def __init__(self, key: Labels, value: Labels, count: int) -> None:
         self.value = value
-        self.start = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=count))])
+        first = np.flatnonzero(np.diff(key, prepend=-1))
+        self.start, self.times = np.zeros(count, np.int64), np.zeros(count, np.int64)  # few labels have something
+        self.start[key[first]] = first
+        self.times[key[first]] = np.diff(first, append=len(key))
 
     def of(self, labels: Labels) -> tuple[Labels, Labels]:
         """Everything that belongs to the labels, and to which of them."""
         start = self.start[labels]
-        times = self.start[labels + 1] - start
+        times = self.times[labels]
         which = np.repeat(np.arange(len(labels)), times)
         offset = np.arange(len(which)) - np.repeat(np.cumsum(times) - times, times)
         return which, self.value[start[which] + offset]

@@ -198,7 +198,8 @@ def _with_overlaps(
                     shared[one][other] = shared[other][one] = None
                     _note_blocks(couplings[one], couplings[other], blocks)
     return {
-        name: dataclasses.replace(c, overlaps=tuple(shared[name]), blocks=blocks[name]) for name, c in couplings.items()
+        name: dataclasses.replace(c, overlaps=tuple(shared[name]), blocks=blocks[name]) if shared[name] else c
+        for name, c in couplings.items()
     }
 
 

@@ -30,10 +30,14 @@ def quick_forward(module: nn.Module, own: Forward, write: Write) -> Forward | No
         None if the layer is not one of torch's own, or somebody has hooked into it.
     """
     maker = _MAKERS.get(type(module))
-    touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if maker is None or touched or ("weight" not in module._parameters and type(module) in _WEIGHTED):
+    if maker is None or is_touched(module) or ("weight" not in module._parameters and type(module) in _WEIGHTED):
         return None
     return maker(module, own, write)
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether somebody has hooked into a module, or has given it a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _new(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -132,6 +136,44 @@ def _layer_norm(module: Any, own: Forward, write: Write) -> Forward:
     return forward
 
 
+def _global_pool(module: Any, own: Forward, write: Write) -> Forward | None:
+    if module.output_size not in (1, (1, 1)):
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        if not _plain(x) or x.dim() != 4 or not x.is_floating_point():
+            return own(x)
+        output = _new((*x.shape[:2], 1, 1), x)
+        write(_aten.mean.dim, (x, [-1, -2], True), {}, output)
+        return output
+
+    return forward
+
+
+def _max_pool(module: Any, own: Forward, write: Write) -> Forward | None:
+    if module.return_indices:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+        kernel, stride, padding, dilation = ([n, n] if isinstance(n, int) else list(n) for n in sizes)
+        if not _plain(x) or x.dim() != 4 or any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+            return own(x)
+        size = []
+        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True):
+            rest = n + 2 * p - d * (k - 1) - 1
+            count = (-(-rest // s) if module.ceil_mode else rest // s) + 1
+            size.append(count - (module.ceil_mode and (count - 1) * s >= n + p))  # no window begins behind the end
+        if min(size) < 1:
+            return own(x)
+        output, indices = _new((*x.shape[:2], *size), x), _new((*x.shape[:2], *size), x)
+        arguments = (x, kernel, stride, padding, dilation, module.ceil_mode)
+        write(_aten.max_pool2d_with_indices.default, arguments, {}, (output, indices))
+        return output
+
+    return forward
+
+
 def _pointwise(target: Any, in_place: Any = None, *rest: Any) -> Callable[[Any, Forward, Write], Forward]:
     """A maker for layers that call one element-wise operator."""
 
@@ -178,4 +220,6 @@ _MAKERS: dict[type, Callable[[Any, Forward, Write], Forward | None]] = {
     nn.Sigmoid: _pointwise(_aten.sigmoid.default),
     nn.Tanh: _pointwise(_aten.tanh.default),
     nn.GELU: _gelu,
+    nn.AdaptiveAvgPool2d: _global_pool,
+    nn.MaxPool2d: _max_pool,
 }

@@ -97,7 +97,9 @@ class Propagation:
 
     def is_free(self, labels: Labels) -> bool:
         """Whether any of the labels can go, as far as is known."""
-        return labels is not self._zeros.get(len(labels)) and bool(np.count_nonzero(labels))
+        if labels is self._zeros.get(len(labels)):
+            return False
+        return self.atoms.block(labels) >= 0 or bool(np.count_nonzero(labels))
 
     def takes_part(self, x: Value, labels: Labels, part: slice) -> None:
         """Note that a slice reads a part of an axis of a parameter."""

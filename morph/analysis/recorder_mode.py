@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from morph.analysis.bare import each_tensor, one_device, run_bare, with_data
 from morph.analysis.frames import user_frame
-from morph.analysis.leaves import quick_forward
+from morph.analysis.leaves import is_touched, quick_forward
 from morph.analysis.recording import (
     Call,
     How,
@@ -47,9 +47,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.whole = model, whole
         self.modules = named_modules(model)
+        self.tensors = tensors_in(self.modules)
         self.recording = Recording(traced=traced, whole=whole)
         self.stack: list[str] = [""]
         self.silent = 0
+        self.followed: list[dict[str, Any]] = []  # attributes of modules whose forward tells that it runs
         self.storages: dict[int, Value] = {}
         self.runner: nn.Module = model
         self.needs_data = False
@@ -62,7 +64,7 @@ class Recorder(TorchDispatchMode):
         recording = self.recording
         args, kwargs = arguments_of(inputs)
         for tensor in tensors_of((args, kwargs)):
-            recording.inputs.append(self._set(tensor, recording.new(tensor, input=True)))
+            recording.inputs.append(self._set(tensor, recording.new(tensor, outside=True)))
         recording.outputs = self._call(args, kwargs)
         recording.evaluated = len(recording.calls)
         return recording
@@ -89,7 +91,7 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Value]:
         """Call the model and give the values that come out."""
-        self.recording.quick = []
+        self.recording.quick, self.followed = [], []
         try:
             with self._afterwards(), torch.no_grad(), plain_attention():
                 for path, module in self.modules:
@@ -100,7 +102,7 @@ class Recorder(TorchDispatchMode):
                     with self:
                         output = self.runner(*args, **kwargs)
                 finally:  # quicker than to put them back one by one
-                    for attributes, _ in self.recording.quick:
+                    for attributes in [*self.followed, *(attributes for attributes, _ in self.recording.quick)]:
                         attributes.pop("forward", None)
         finally:
             self.recording.sink.take = Sink.nowhere
@@ -110,7 +112,7 @@ class Recorder(TorchDispatchMode):
         """Puts back what the modules are now, unless whoever runs the model does so."""
         if not self.puts_back:
             return nullcontext()
-        kept = Kept(self.modules)
+        kept = Kept(self.modules, self.tensors)
         self.kept = self.kept or kept
         return put_back(kept)
 
@@ -119,9 +121,8 @@ class Recorder(TorchDispatchMode):
         kind = type(module)
         if kind in self.whole or self.recording.traced == "data":
             return False
-        if kind is nn.Sequential:  # calls nothing itself
+        if kind.forward is nn.Sequential.forward and not is_touched(module):  # calls nothing itself
             return True
-
         stack, sink = self.stack, self.recording.sink
 
         def write(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -144,7 +145,7 @@ class Recorder(TorchDispatchMode):
         return True
 
     def _name_tensors(self) -> None:
-        for name, tensor in tensors_in(self.modules):
+        for name, tensor in self.tensors:
             value = self._set(tensor, self.recording.new(tensor, source=name))
             self.recording.sources[name] = value
             if tensor.layout == torch.strided and tensor.numel():
@@ -154,6 +155,20 @@ class Recorder(TorchDispatchMode):
         """Keep the path of the running module; take modules that have a rule of their own as one call."""
         if type(module) in self.whole:
             self._take_whole(path, module)
+            return
+        stack = self.stack
+        if not is_touched(module):  # what hooks of others call belongs to the module as well
+            own = module.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                stack.append(path)
+                output = own(*args, **kwargs)
+                stack.pop()
+                return output
+
+            forward.__wrapped__ = own  # type: ignore[attr-defined]  # by which its signature is found
+            vars(module)["forward"] = forward
+            self.followed.append(vars(module))
             return
 
         def enter(_: nn.Module, __: Any) -> None:

@@ -135,11 +135,11 @@ class Recording:
         calls = self.calls[: self.evaluated]
         return next((n for n, call in enumerate(calls) if _depends_on_values(call.target)), self.evaluated)
 
-    def new(self, tensor: Tensor, **options: Any) -> Value:
+    def new(self, tensor: Tensor, source: str = "", data: Tensor | None = None, *, outside: bool = False) -> Value:
         """Add a value for ``tensor``."""
         values = self.values
         form = (tensor.dtype, tensor.stride()) if self.traced == "data" and tensor.layout == torch.strided else ()
-        value = Value(len(values), tuple(tensor.shape), floating=tensor.is_floating_point(), form=form, **options)
+        value = Value(len(values), tuple(tensor.shape), source, data, outside, tensor.is_floating_point(), form)
         values.append(value)
         return value
 
@@ -221,10 +221,12 @@ class Kept:
 
     Args:
         modules: The `named_modules` of a model.
+        tensors: Their parameters and buffers, if they are at hand.
     """
 
-    def __init__(self, modules: Modules) -> None:
+    def __init__(self, modules: Modules, tensors: Sequence[tuple[str, Tensor]] | None = None) -> None:
         self.modules = modules
+        self.tensors = dict(tensors_in(modules) if tensors is None else tensors)
         self.kinds = [type(module) for _, module in self.modules]
         self.filled: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a dict, and a copy of it
         self.empty: list[dict[str, Any]] = []
@@ -283,7 +285,7 @@ def skeleton(model: nn.Module, tensors: Sequence[tuple[str, Tensor]] | None = No
     """
     memo: dict[int, Any] = {}
     for _, tensor in named_tensors(model) if tensors is None else tensors:
-        if isinstance(tensor, nn.Parameter):
+        if type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter):  # the class takes long to say no
             memo[id(tensor)] = nn.Parameter(without_data(tensor), requires_grad=False)
         else:
             memo[id(tensor)] = without_data(tensor)

@@ -112,7 +112,11 @@ class Reshaper:
 
     def _known_factors(self, grid: Labels) -> list[Labels] | None:
         """The factors of all labels of ``grid``, if one relation has them and each varies along one axis at most."""
-        flat = self.atoms.find(grid.ravel())
+        flat = grid.ravel()
+        lowest = flat[flat != 0].min()  # labels only ever become smaller, or none
+        if all(highest < lowest for highest, _ in self._highest):
+            return None
+        flat = self.atoms.find(flat)
         alive = flat != 0
         low, high = flat[alive].min(), flat.max()
         for number in range(len(self.relations) - 1, -1, -1):
@@ -134,6 +138,8 @@ class Reshaper:
 
     def _merged(self, tracks: list[Labels], n: int) -> Labels:
         """One label for each position, given labels of each of which the going is enough."""
+        if len(tracks) == 1:  # as it came, so that vectors that are blocks are united as such
+            return tracks[0]
         distinct: list[Labels] = []
         for track in map(self.atoms.find, tracks):
             if not any(np.array_equal(track, other) for other in distinct):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from morph.analysis.atoms import Labels
-from morph.analysis.closures import closed_sets, rows_of
+from morph.analysis.closures import Lists, closed_sets, rows_of
 from morph.analysis.propagation import Propagation
 from morph.analysis.recording import Value
 
@@ -55,10 +55,9 @@ class Units:
         return table
 
     @functools.cached_property
-    def _starts(self) -> Labels:
-        """For each label where its pairs begin, and two ends behind the last label."""
-        counts = np.bincount(self.atom, minlength=int(self.atom.max(initial=0)) + 2)
-        return np.concatenate([[0], np.cumsum(counts)])
+    def _lists(self) -> Lists:
+        """The units of each label, none for one behind the last."""
+        return Lists(self.atom, self.unit, int(self.atom.max(initial=0)) + 2)
 
     @functools.cached_property
     def shared(self) -> list[Labels]:
@@ -80,12 +79,8 @@ class Units:
             unit = self._only[np.minimum(roots, len(self._only) - 1)]
             positions = np.flatnonzero(unit >= 0)
             return unit[positions], positions
-        known = np.minimum(roots, len(self._starts) - 2)
-        first = self._starts[known]
-        times = np.where(roots == 0, 0, self._starts[known + 1] - first)
-        positions = np.repeat(np.arange(len(roots)), times)
-        starts = np.repeat(first - np.concatenate([[0], np.cumsum(times)[:-1]]), times)
-        return self.unit[starts + np.arange(len(positions))], positions
+        positions, unit = self._lists.of(np.minimum(roots, len(self._lists.start) - 1))
+        return unit, positions
 
 
 def find_units(state: Propagation, axes: Sequence[Axis], everywhere: Sequence[Axis]) -> Units:
