@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 LINES = Path(__file__).parents[1] / ".work" / "prune_speed.jsonl"
-ROUNDS, LONG = 5, 20.0  # seconds of a round from which on one is enough
+ROUNDS, LONG = 3, 20.0  # seconds of a round from which on one is enough
 Line = dict[str, Any]
 
 
 def chosen() -> dict[str, bool]:
-    """Names of the models of torchvision that both prune exactly, and whether Torch-Pruning needs its recipe for that."""
+    """Names of the models of torchvision that both prune exactly, and whether Torch-Pruning does so by its recipe."""
     newest = max(RESULTS.glob("coverage_*.json"), key=lambda path: path.stem[-10:])
     models = json.loads(newest.read_text())["models"]
     ours = {line["name"] for line in models if line["side"] == "ours" and line.get("prune") == "exact"}
