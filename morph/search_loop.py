@@ -39,6 +39,7 @@ from morph.search_schedule import (
 )
 
 _ROUND = 1_000_003  # between the seeds of two rounds
+_TOLD = 0.01  # by what share the penalty has changed when that is written down
 
 
 class Search:
@@ -194,10 +195,10 @@ class Search:
         behind, passed = (size - wanted) / (self.start - self.target), (step - self.looked) / self.steps
         value = max(self.options.lambda2, paced(self.lambda2, self.least, behind, passed))
         self.looked = step
-        if not math.isclose(value, self.lambda2, rel_tol=1e-3):
-            for group in self.apg.param_groups:
-                group["lambda2"] = value
-            self.found.lambda2.append([self.found.step, value])
+        for group in self.apg.param_groups:
+            group["lambda2"] = value
+        if not math.isclose(value, self.found.lambda2[-1][1], rel_tol=_TOLD):
+            self.found.lambda2.append([step, value])
         last = last_gates(distances(sparse, self.alpha), self.meter.flat.lengths.values())
         spares = self.meter.size(closed | ~last) <= self.target
         self._weigh(torch.where(last, self.options.lambda2 / value, 1.0) if spares and value else None)

@@ -63,7 +63,7 @@ class Found:
         reopened: Gates that closed together with others in the last steps, and were not needed for the budget.
         forced: Gates that were closed at the end of the time, the nearest to zero first.
         history: One row for each time that sizes were counted.
-        lambda2: ``[step, value]`` each time that it changed.
+        lambda2: ``[step, value]`` at first, and each time that it had changed by a hundredth.
         gate_lr: Step size of the gates.
     """
 

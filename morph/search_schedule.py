@@ -78,7 +78,8 @@ def least_penalty(alpha: Tensor, lr: float, momentum: float, steps: int) -> floa
         momentum: Of the gates.
         steps: Of the whole search.
     """
-    return (1 - momentum) / (lr * float(alpha.max()) * _SOON * steps)
+    heaviest = float(alpha.max()) or 1.0
+    return (1 - momentum) / (lr * heaviest * _SOON * steps)
 
 
 def paced(lambda2: float, least: float, behind: float, passed: float) -> float:

@@ -143,6 +143,19 @@ def test_the_least_penalty_closes_the_costliest_gate_in_three_tenths_of_the_sear
     assert 590 <= step <= 620
 
 
+def test_small_steps_of_a_long_search_add_up():
+    """A penalty that grows by less than a thousandth from look to look grows all the same, and is told sparingly."""
+    run = search(dataclasses.replace(FAST, lambda2=1.0, count_every=1, epochs=20_000), target=87)
+    nothing = torch.zeros(16, dtype=torch.bool)
+    run.looked = run.found.step = run.steps // 2
+    for _ in range(1000):
+        run.found.step += 1
+        run._adjust(torch.ones(16), nothing)
+    assert run.lambda2 == pytest.approx(math.exp(20 * 1000 / run.steps), rel=1e-3)
+    assert 10 < len(run.found.lambda2) < 30
+    assert run.found.lambda2[-1][1] == pytest.approx(run.lambda2, rel=0.01)
+
+
 @pytest.mark.parametrize(("steps", "lr", "most"), [(600, 0.5, 0.2), (1200, 0.5, 0.1), (20_000, 0.05, 0.1)])
 def test_gates_that_the_loss_holds_close_along_the_line(steps, lr, most):
     """Each is held by a spring of its own; the size stays near the one that is wanted, and the weakest close."""
