@@ -255,7 +255,8 @@ def summary(bench: Bench) -> None:
         for name, row in table.items()
     }
     path = save("gated_students", {**facts, "table": means, "sweeps": varied, "runs": lines})
-    draw(table, varied, path.parent.parent / "pictures" / "gated_students.png")
+    drawn = {name: sweep for name, sweep in varied.items() if len(sweep["rows"]) > 1}
+    draw(table, drawn, path.parent.parent / "pictures" / "gated_students.png")
     print(json.dumps(means, indent=1), path, sep="\n")
 
 

@@ -15,7 +15,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 def draw(table: Rows, sweeps: Rows, path: Path) -> None:
     """Means as bars and seeds as points; beside them, error against the penalty and against kl0."""
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    bars, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2] + [1] * len(sweeps))
+    axes = figure.subplots(1, 1 + len(sweeps), width_ratios=[2] + [1] * len(sweeps), squeeze=False)
+    bars, *others = axes[0]
     names = list(table)
     colours = ["#e3b587" if "inherited" in name else "#9db8d9" for name in names]
     bars.barh(names, [100 * table[n]["error_mean"] for n in names], color=colours)
@@ -26,9 +27,9 @@ def draw(table: Rows, sweeps: Rows, path: Path) -> None:
     lowest = min(100 * run["error"] for row in table.values() for run in row["runs"])
     bars.set_xlim(left=max(0.0, lowest - 3))
     bars.set_xlabel("test error, % (a point for each seed; does not begin at zero)")
-    for axes, (name, sweep) in zip(others, sweeps.items(), strict=True):
-        _sweep(axes, name, [(row[name], 100 * row["error"]) for row in sweep["rows"]])
-        axes.sharey(others[0])
+    for beside, (name, sweep) in zip(others, sweeps.items(), strict=True):
+        _sweep(beside, name, [(row[name], 100 * row["error"]) for row in sweep["rows"]])
+        beside.sharey(others[0])
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
